@@ -1,0 +1,58 @@
+// Package erofs writes EROFS images that hold metadata only and point into
+// other files for their data.
+//
+// An image written here is the index of one container layer: the kernel mounts
+// it with the layer's own tar as the extra device, so that no byte of file data
+// is copied. The on-disk format is documented in the Linux kernel
+// (Documentation/filesystems/erofs.rst and fs/erofs/erofs_fs.h).
+package erofs
+
+// BlockSize is the block size of every image in bytes. Tar members start on
+// 512-byte boundaries, so 512 is what lets an index point at them in place.
+const BlockSize = 512
+
+// Inode is one file of the image. Two directory entries that share an *Inode
+// are hard links. An Inode must not be changed while Write runs.
+type Inode struct {
+	// Mode holds the type and permission bits as in st_mode (S_IFREG, ...).
+	Mode uint32
+	UID  uint32
+	GID  uint32
+	// Mtime is in seconds since 1970, MtimeNsec below 1e9.
+	Mtime     int64
+	MtimeNsec uint32
+	// Rdev is the device number of character and block devices, in the
+	// encoding of golang.org/x/sys/unix.Mkdev.
+	Rdev uint64
+	// Size is the length in bytes of a regular file. It is ignored otherwise.
+	Size int64
+	// Target is what a symlink says.
+	Target string
+	// Xattrs maps full names ("user.foo", "trusted.overlay.opaque") to values.
+	Xattrs map[string]string
+	// Data says where the bytes of a regular file are, ascending, without
+	// overlaps. What no extent covers reads as zeros.
+	Data []Extent
+	// Children are the entries of a directory, in any order, without "." and "..".
+	Children []Dirent
+}
+
+// Dirent names an inode in a directory. Names are bytes, not text.
+type Dirent struct {
+	Name  string
+	Inode *Inode
+}
+
+// Extent maps a run of a file's bytes. Off must be a multiple of BlockSize; Len
+// must be one too, except in the extent that ends the file.
+type Extent struct {
+	Off int64
+	Len int64
+	// DevOff is where the run starts on the layer file (device 1), in bytes and a
+	// multiple of BlockSize. The device must hold whole blocks there: the last
+	// block of a run is read in full by the kernel. Ignored if Inline is set.
+	DevOff int64
+	// Inline, if not nil, holds the bytes themselves (Len of them): they are
+	// written into the image. For data that cannot be mapped in place.
+	Inline []byte
+}
