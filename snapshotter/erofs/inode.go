@@ -43,16 +43,12 @@ type Dirent struct {
 	Inode *Inode
 }
 
-// Extent maps a run of a file's bytes. Off must be a multiple of BlockSize; Len
-// must be one too, except in the extent that ends the file.
+// Extent says that Len bytes of a file from Off are the bytes of the layer file
+// (device 1) from DevOff. All three may have any alignment: what the kernel can
+// read in place is mapped, the rest (a run off the block grid, the partial last
+// block of the device) is copied into the image.
 type Extent struct {
-	Off int64
-	Len int64
-	// DevOff is where the run starts on the layer file (device 1), in bytes and a
-	// multiple of BlockSize. The device must hold whole blocks there: the last
-	// block of a run is read in full by the kernel. Ignored if Inline is set.
+	Off    int64
+	Len    int64
 	DevOff int64
-	// Inline, if not nil, holds the bytes themselves (Len of them): they are
-	// written into the image. For data that cannot be mapped in place.
-	Inline []byte
 }
