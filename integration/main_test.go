@@ -19,8 +19,11 @@ import (
 // gantry alone are skipped then, and only then.
 var snapshotter = harness.Gantry
 
-// busybox is the program that test images run: a static one, built from helper/.
+// helper is the path of the program that test images run.
 var helper string
+
+// started tells files that a test unpacked from files that an image dates.
+var started = time.Now()
 
 func TestMain(m *testing.M) {
 	os.Exit(run(m))
@@ -159,7 +162,7 @@ func small(seed uint64, noise int64) harness.ImageSpec {
 	}
 }
 
-// must pulls, and fails the test when that fails.
+// mustPull pulls, and fails the test when that fails.
 func mustPull(t *testing.T, n *harness.Node, namespace, ref string, args ...string) {
 	t.Helper()
 	if _, err := n.Pull(t.Context(), namespace, ref, args...); err != nil {
