@@ -29,6 +29,7 @@ type Options struct {
 	ContainerdKeys  string // TOML inside gantryd's table [containerd]
 	GantryExtra     string // TOML after gantryd's configuration
 	GCDelay         time.Duration
+	DiskMiB         int      // gantryd's root is an ext4 file system of this size; 0: a folder like any other
 	Env             []string // for containerd
 }
 
@@ -70,6 +71,11 @@ func (n *Node) start(ctx context.Context) error {
 			return err
 		}
 	}
+	if n.options.DiskMiB > 0 {
+		if err := n.mountDisk(ctx); err != nil {
+			return err
+		}
+	}
 	if n.Snapshotter == Gantry {
 		if err := n.configureGantryd(ctx); err != nil {
 			return err
@@ -88,6 +94,25 @@ func (n *Node) start(ctx context.Context) error {
 		return err
 	}
 	return n.StartContainerd(ctx)
+}
+
+// mountDisk gives gantryd a root of limited size. The loop device goes with the mount.
+func (n *Node) mountDisk(ctx context.Context) error {
+	file, root := n.path("disk"), n.path("gantry")
+	if err := os.Mkdir(root, 0o700); err != nil {
+		return err
+	}
+	for _, args := range [][]string{
+		{"truncate", "-s", fmt.Sprintf("%dM", n.options.DiskMiB), file},
+		{"mkfs.ext4", "-q", "-m", "0", file},
+		{"mount", "-o", "loop", file, root},
+		{"rmdir", filepath.Join(root, "lost+found")},
+	} {
+		if _, err := output(exec.CommandContext(ctx, args[0], args[1:]...)); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 func (n *Node) path(name string) string { return filepath.Join(n.Dir, name) }
