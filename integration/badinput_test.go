@@ -149,8 +149,8 @@ func lastLine(s string) string {
 	return lines[len(lines)-1]
 }
 
-// checkMessage wants the error to name the layer, by its blob or its DiffID, and,
-// where containerd puts it around the plugin's text, the image.
+// checkMessage wants the last line that ctr prints, which is what a pod's events show, to name image and
+// layer, the layer by its blob or its DiffID.
 func checkMessage(t *testing.T, message, ref string, layer ocispec.Descriptor, diffID digest.Digest) {
 	t.Helper()
 	if snapshotter != harness.Gantry {
@@ -160,8 +160,8 @@ func checkMessage(t *testing.T, message, ref string, layer ocispec.Descriptor, d
 	if !strings.Contains(line, layer.Digest.Encoded()) && !strings.Contains(line, diffID.Encoded()) {
 		t.Errorf("the message does not name layer %s: %s", layer.Digest, line)
 	}
-	if !strings.Contains(message, ref) {
-		t.Errorf("the message does not name image %s: %s", ref, message)
+	if !strings.Contains(line, ref) {
+		t.Errorf("the message does not name image %s: %s", ref, line)
 	}
 }
 
