@@ -147,9 +147,9 @@ func (s *Snapshotter) inherit(ctx context.Context, id string, parents []string) 
 	if err != nil {
 		return err
 	}
-	return eachDirectory("", root, func(path string, dir *erofs.Inode) error {
+	return eachDirectory("/", root, func(path string, dir *erofs.Inode) error {
 		_, kind, err := table.Lookup(path)
-		if err != nil || kind != layer.Implied || path == "" {
+		if err != nil || kind != layer.Implied || path == "/" {
 			return err
 		}
 		return copyAttributes(filepath.Join(s.upper(id), path), dir)

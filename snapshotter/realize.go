@@ -177,12 +177,18 @@ func (s *Snapshotter) earlyIndex(ctx context.Context, snap storage.Snapshot, tab
 	if table.Implies() {
 		return nil, nil
 	}
-	// The work directory is empty, so it is a parent that hides nothing.
-	root, err := table.Index([]layer.Parent{layer.DirParent(s.workdir(snap.ID))})
+	root, err := table.Index([]layer.Parent{nothing{}})
 	if err != nil || hasWhiteouts(root) {
 		return nil, err
 	}
 	return root, nil
+}
+
+// nothing is a parent without entries: with it an index keeps its whiteouts.
+type nothing struct{}
+
+func (nothing) Lookup(string) (layer.Attr, layer.Kind, error) {
+	return layer.Attr{}, layer.Absent, nil
 }
 
 func hasWhiteouts(n *erofs.Inode) bool {
