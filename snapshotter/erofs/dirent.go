@@ -17,12 +17,12 @@ func dirBlock(es []entry) (n, used int) {
 // measureDir sets size and tail of a directory. The size counts all blocks
 // but the last as whole.
 func (t *tree) measureDir(n *node) {
-	at, end := n.first, n.first+n.count
-	for {
-		count, used := dirBlock(t.entries[at:end])
-		n.tail = at
+	es := t.dirs[n.dir]
+	for at := 0; ; {
+		count, used := dirBlock(es[at:])
+		n.tail = int32(at)
 		n.size += uint64(used)
-		if at += int32(count); at == end {
+		if at += count; at == len(es) {
 			return
 		}
 		n.size += uint64(BlockSize - used)
@@ -33,7 +33,7 @@ func (t *tree) measureDir(n *node) {
 func (t *tree) writeDirBlock(s *sink, es []entry) {
 	off := len(es) * direntSize
 	for _, e := range es {
-		n := &t.nodes[e.node]
+		n := t.node(e.node)
 		putDirent(s.next(direntSize), uint64(n.slot), uint16(off), fileType(n.in.Mode))
 		off += len(e.name)
 	}
@@ -44,14 +44,14 @@ func (t *tree) writeDirBlock(s *sink, es []entry) {
 
 // writeDirBlocks writes the blocks of a directory that are in the data area.
 func (t *tree) writeDirBlocks(s *sink, n *node) {
-	end := n.first + n.count
+	es := t.dirs[n.dir]
 	if n.place == placeInline {
-		end = n.tail
+		es = es[:n.tail]
 	}
-	for at := n.first; at < end; {
-		count, _ := dirBlock(t.entries[at:end])
-		t.writeDirBlock(s, t.entries[at:at+int32(count)])
+	for len(es) > 0 {
+		count, _ := dirBlock(es)
+		t.writeDirBlock(s, es[:count])
 		s.align(BlockSize)
-		at += int32(count)
+		es = es[count:]
 	}
 }

@@ -24,15 +24,15 @@ type layout struct {
 func arrange(t *tree, layer Device) (*layout, error) {
 	l := &layout{tree: t, layer: layer}
 	pos, data := int64(metaStart), int64(0)
-	for i := range t.nodes {
-		n := &t.nodes[i]
+	for i := range t.count {
+		n := t.node(i)
 		if n.isDir() {
 			t.measureDir(n)
 		}
 		n.extended = !l.fitsCompact(n)
 		tail, blocks, err := l.placeData(n)
 		if err != nil {
-			return nil, t.errorf(int32(i), "%w", err)
+			return nil, t.errorf(i, "%w", err)
 		}
 		if n.place == placeData || n.place == placeInline || n.place == placeChunks {
 			n.block = uint32(data)

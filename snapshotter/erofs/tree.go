@@ -24,9 +24,9 @@ type node struct {
 	name string // of its first link, for error messages
 	// parent is the index of the directory that holds its first link.
 	parent int32
-	// first and count are a directory's entries in tree.entries, "." and ".."
-	// among them; tail is the first entry of the last block.
-	first, count, tail int32
+	// dir is a directory's index in tree.dirs; tail is the first entry of its
+	// last block.
+	dir, tail int32
 
 	nlink  uint32
 	slot   uint32 // nid
@@ -56,15 +56,22 @@ type entry struct {
 	node int32
 }
 
+// nodeShard is how many nodes are allocated at once: a slice that grows would
+// be copied, and its pointers would not last.
+const nodeShard = 1 << 12
+
 // tree is the input, checked and flattened: nodes in the order in which they
 // are stored, directory by directory, each directory's inodes side by side.
 type tree struct {
-	nodes   []node
-	entries []entry
+	shards  [][]node
+	count   int32
+	dirs    [][]entry // with "." and ".."
 	seen    map[*Inode]int32
 	scratch []Dirent
 	epoch   majority
 }
+
+func (t *tree) node(i int32) *node { return &t.shards[i/nodeShard][i%nodeShard] }
 
 // flatten checks everything but data extents. It keeps no path on the
 // goroutine's stack, so depth costs nothing.
@@ -94,9 +101,9 @@ func flatten(root *Inode) (*tree, error) {
 // list adds the entries of a directory in their order on disk and pushes its
 // subdirectories.
 func (t *tree) list(dir int32, stack []int32) ([]int32, error) {
-	d := &t.nodes[dir]
-	if len(t.entries)+len(d.in.Children) > math.MaxInt32-2 {
-		return nil, fmt.Errorf("erofs: more than %d directory entries: %w", math.MaxInt32, errdefs.ErrOutOfRange)
+	d := t.node(dir)
+	if len(d.in.Children) > math.MaxInt32-2 {
+		return nil, t.errorf(dir, "more than %d entries: %w", math.MaxInt32, errdefs.ErrOutOfRange)
 	}
 	self, parent := Dirent{Name: "."}, Dirent{Name: ".."}
 	t.scratch = append(append(t.scratch[:0], self, parent), d.in.Children...)
@@ -106,22 +113,23 @@ func (t *tree) list(dir int32, stack []int32) ([]int32, error) {
 		}
 	}
 	slices.SortFunc(t.scratch, func(a, b Dirent) int { return strings.Compare(a.Name, b.Name) })
-	d.first, d.count = int32(len(t.entries)), int32(len(t.scratch))
-	up := d.parent
+	entries := make([]entry, len(t.scratch))
+	d.dir = int32(len(t.dirs))
+	t.dirs = append(t.dirs, entries)
 	for i, c := range t.scratch {
 		idx := dir
 		switch {
 		case i > 0 && t.scratch[i-1].Name == c.Name:
 			return nil, t.errorf(dir, "entry %s appears twice: %w", quote(c.Name), errdefs.ErrInvalidArgument)
 		case c.Name == "..":
-			idx = up
+			idx = d.parent
 		case c.Name != ".":
 			var err error
 			if idx, stack, err = t.link(dir, c, stack); err != nil {
 				return nil, err
 			}
 		}
-		t.entries = append(t.entries, entry{c.Name, idx})
+		entries[i] = entry{c.Name, idx}
 	}
 	return stack, nil
 }
@@ -129,7 +137,7 @@ func (t *tree) list(dir int32, stack []int32) ([]int32, error) {
 // link makes c an entry of dir, adding its inode at its first name.
 func (t *tree) link(dir int32, c Dirent, stack []int32) (int32, []int32, error) {
 	if idx, ok := t.seen[c.Inode]; ok {
-		n := &t.nodes[idx]
+		n := t.node(idx)
 		if n.isDir() {
 			return 0, nil, t.errorf(dir, "entry %s: a directory cannot have two names: %w", quote(c.Name), errdefs.ErrInvalidArgument)
 		}
@@ -140,8 +148,8 @@ func (t *tree) link(dir int32, c Dirent, stack []int32) (int32, []int32, error) 
 	if err != nil {
 		return 0, nil, err
 	}
-	if t.nodes[idx].isDir() {
-		t.nodes[dir].nlink++
+	if t.node(idx).isDir() {
+		t.node(dir).nlink++
 		stack = append(stack, idx)
 	}
 	return idx, stack, nil
@@ -152,9 +160,15 @@ func (t *tree) add(in *Inode, parent int32, name string) (int32, error) {
 	if in == nil {
 		return 0, t.errorf(parent, "entry %s has no inode: %w", quote(name), errdefs.ErrInvalidArgument)
 	}
-	idx := int32(len(t.nodes))
-	t.nodes = append(t.nodes, node{in: in, parent: parent, name: name, nlink: 1})
-	n := &t.nodes[idx]
+	if t.count == math.MaxInt32 {
+		return 0, t.errorf(parent, "entry %s is over the %d files of an image: %w", quote(name), math.MaxInt32, errdefs.ErrOutOfRange)
+	}
+	idx := t.count
+	if t.count++; idx%nodeShard == 0 {
+		t.shards = append(t.shards, make([]node, nodeShard))
+	}
+	n := t.node(idx)
+	*n = node{in: in, parent: parent, name: name, nlink: 1}
 	if err := n.check(); err != nil {
 		return 0, t.errorf(idx, "%w", err)
 	}
@@ -238,8 +252,9 @@ func (t *tree) errorf(idx int32, format string, args ...any) error {
 func (t *tree) path(idx int32) string {
 	var names []string
 	for idx != 0 {
-		names = append(names, t.nodes[idx].name)
-		idx = t.nodes[idx].parent
+		n := t.node(idx)
+		names = append(names, n.name)
+		idx = n.parent
 	}
 	slices.Reverse(names)
 	return "/" + strings.Join(names, "/")

@@ -57,10 +57,10 @@ func (l *layout) uuid() (id [16]byte) {
 func (l *layout) writeSuper(s *sink, uuid [16]byte) {
 	s.zeros(superOffset)
 	sb := superblock{
-		inodes:    uint64(len(l.nodes)),
+		inodes:    uint64(l.count),
 		epoch:     uint64(l.epoch.sec),
 		epochNsec: l.epoch.nsec,
-		rootNid:   uint16(l.nodes[0].slot), // the first inode: 8 or 16
+		rootNid:   uint16(l.node(0).slot), // the first inode: 8 or 16
 		blocks:    l.blocks,
 		uuid:      uuid,
 	}
@@ -71,11 +71,11 @@ func (l *layout) writeSuper(s *sink, uuid [16]byte) {
 
 // writeInodes writes every inode with its xattrs and what lies behind them.
 func (l *layout) writeInodes(s *sink) {
-	for i := range l.nodes {
+	for i := range l.count {
 		if s.err != nil {
 			return
 		}
-		n := &l.nodes[i]
+		n := l.node(i)
 		s.zeros(metaBlock*BlockSize + int64(n.slot)*nidSize - s.off)
 		d := l.diskInode(n, uint32(i)+1)
 		d.put(s.next(int(n.inodeSize())))
@@ -84,7 +84,7 @@ func (l *layout) writeInodes(s *sink) {
 		case n.place == placeChunks:
 			l.writeChunkTable(s, n)
 		case n.place == placeInline && n.isDir():
-			l.writeDirBlock(s, l.entries[n.tail:n.first+n.count])
+			l.writeDirBlock(s, l.dirs[n.dir][n.tail:])
 		case n.place == placeInline:
 			s.writeString(n.in.Target)
 		}
@@ -92,8 +92,8 @@ func (l *layout) writeInodes(s *sink) {
 	s.align(BlockSize)
 }
 
-func (l *layout) diskInode(n *node, ino uint32) *diskInode {
-	d := &diskInode{
+func (l *layout) diskInode(n *node, ino uint32) diskInode {
+	d := diskInode{
 		extended:   n.extended,
 		layout:     layoutFlatPlain,
 		xattrCount: xattrCount(n.xattrs),
@@ -148,8 +148,8 @@ func (l *layout) writeChunkTable(s *sink, n *node) {
 
 // writeData writes the data area in the order in which arrange counted it.
 func (l *layout) writeData(s *sink) {
-	for i := range l.nodes {
-		n := &l.nodes[i]
+	for i := range l.count {
+		n := l.node(i)
 		switch {
 		case n.place == placeChunks:
 			l.writeChunks(s, n)

@@ -131,18 +131,22 @@ type indexer struct {
 }
 
 // dir returns dir as the index shows it: dir itself where nothing changes. up
-// is the directory it is in, in its final form.
+// is the directory it is in, if that one took its mode from the parents.
 func (x *indexer) dir(dir, up *erofs.Inode, path string) (*erofs.Inode, error) {
 	out, err := x.attributes(dir, up, path)
 	if err != nil {
 		return nil, err
+	}
+	up = nil
+	if x.table.inherit[dir]&inheritAttrs != 0 {
+		up = out
 	}
 	bottom := len(x.parents) == 0
 	var children []erofs.Dirent // nil as long as they are those of dir
 	for i, d := range dir.Children {
 		child := d.Inode
 		if isDir(child) {
-			if child, err = x.dir(child, out, filepath.Join(path, d.Name)); err != nil {
+			if child, err = x.dir(child, up, filepath.Join(path, d.Name)); err != nil {
 				return nil, err
 			}
 		}
@@ -176,7 +180,7 @@ func (x *indexer) attributes(dir, up *erofs.Inode, path string) (*erofs.Inode, e
 		}
 		out = cloneInode(dir)
 		merge(out, flags, found)
-		if found == nil && flags&inheritAttrs != 0 && up != nil && up != dir && up.Mode&unix.S_ISGID != 0 {
+		if found == nil && flags&inheritAttrs != 0 && up != nil && up.Mode&unix.S_ISGID != 0 {
 			out.GID = up.GID // what mkdir does in a setgid directory
 		}
 	}
