@@ -50,16 +50,13 @@ type Transfer struct {
 
 // Unpack is a layer on its way from a blob to a layer file.
 type Unpack struct {
-	Namespace string        `json:"namespace,omitempty"`
-	Image     string        `json:"image,omitempty"` // empty if not known
-	Digest    digest.Digest `json:"digest"`
-	DiffID    digest.Digest `json:"diff_id,omitempty"` // the expected one; empty if not known
-	Size      int64         `json:"size"`              // bytes of the blob
-	Read      int64         `json:"read"`              // bytes of the blob that were decompressed
-	Written   int64         `json:"written"`           // bytes of the layer file
-	Rate      float64       `json:"rate"`              // bytes written a second
-	Phase     string        `json:"phase"`             // waiting, unpacking, syncing, ...
-	Started   time.Time     `json:"started"`
+	Digest  digest.Digest `json:"digest"`
+	Size    int64         `json:"size"`    // bytes of the blob
+	Read    int64         `json:"read"`    // bytes of the blob that were decompressed
+	Written int64         `json:"written"` // bytes of the layer file
+	Rate    float64       `json:"rate"`    // bytes written a second, since Started
+	Phase   string        `json:"phase"`   // queued, unpacking or verifying
+	Started time.Time     `json:"started"`
 }
 
 // Layer is a finished layer, and where its time went.
@@ -67,22 +64,24 @@ type Layer struct {
 	Namespace string        `json:"namespace,omitempty"`
 	Image     string        `json:"image,omitempty"` // empty if not known
 	Digest    digest.Digest `json:"digest"`
-	DiffID    digest.Digest `json:"diff_id"`
-	Size      int64         `json:"size"`    // bytes of the blob
-	Written   int64         `json:"written"` // bytes of the layer file
-	Finished  time.Time     `json:"finished"`
+	DiffID    digest.Digest `json:"diff_id,omitempty"` // empty if the layer failed before it was known
+	Size      int64         `json:"size"`              // bytes of the blob
+	Written   int64         `json:"written"`           // bytes of the layer file
+	Started   time.Time     `json:"started"`
 	Seconds   Seconds       `json:"seconds"`
-	// Error is set if the layer failed; DiffID may be empty then.
-	Error string `json:"error,omitempty"`
+	Error     string        `json:"error,omitempty"`
 }
 
 // Seconds are the parts of one layer's way. They overlap, because gantry
-// decompresses and writes while it downloads: their sum is not the pull's time.
+// decompresses and writes while it downloads: their sum is not the total.
 type Seconds struct {
-	Wait       float64 `json:"wait"`       // from the first request until the first byte
-	Download   float64 `json:"download"`   // first byte to last
-	Decompress float64 `json:"decompress"` // in the decompressor
-	Write      float64 `json:"write"`      // in the layer file's writes
-	Verify     float64 `json:"verify"`     // hashing that nothing else overlapped
-	Commit     float64 `json:"commit"`     // fsync, rename, index
+	Total      float64 `json:"total"`
+	Queued     float64 `json:"queued"`     // until an unpack worker was free
+	Wait       float64 `json:"wait"`       // for the first byte
+	Download   float64 `json:"download"`   // from the first byte to the last
+	Starved    float64 `json:"starved"`    // the decompressor waited for bytes
+	Decompress float64 `json:"decompress"` // decompressing, without waiting for bytes
+	Write      float64 `json:"write"`      // writing the layer file
+	Verify     float64 `json:"verify"`     // after the last byte, until the digest was known good
+	Commit     float64 `json:"commit"`     // making the layer file durable
 }
