@@ -248,7 +248,7 @@ func TestCorrupt(t *testing.T) {
 		{"zstd body", flip(z, len(z)/2)},
 		{"zstd checksum", flip(z, -1)},
 		{"zstd trailing garbage", join(z, []byte("garbage"))},
-		{"zstd window over the bound", []byte{0x28, 0xb5, 0x2f, 0xfd, 0, 18 << 3, 9, 0, 0, 'x'}} /* 2^28 */,
+		{"zstd window over the bound", []byte{0x28, 0xb5, 0x2f, 0xfd, 0, 18 << 3, 9, 0, 0, 'x'}}, /* 2^28 */
 		{"zstd huge single segment", huge},
 		{"lz4 body", flip(l, len(l)/2)},
 		{"lz4 checksum", flip(l, -1)},
@@ -333,8 +333,7 @@ func (c *counting) Read(p []byte) (int, error) {
 
 func TestDecodesNoFurtherThanAsked(t *testing.T) {
 	t.Parallel()
-	// 256 MiB of zeros, a few hundred KiB compressed.
-	zeros := make([]byte, 256<<20)
+	zeros := make([]byte, 32<<20)
 	for name, in := range map[string][]byte{"gzip": gz(t, zeros, gzip.Header{}), "zstd": zst(t, zeros), "lz4": lz(t, zeros)} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
@@ -410,7 +409,6 @@ func BenchmarkReader(b *testing.B) {
 		for _, how := range []string{"Read", "WriteTo"} {
 			b.Run(c.name+"/"+how, func(b *testing.B) {
 				b.SetBytes(int64(len(data)))
-				b.ReportMetric(float64(len(data))/float64(len(c.in)), "ratio")
 				buf := make([]byte, 128<<10)
 				for b.Loop() {
 					r, err := NewReader(b.Context(), bytes.NewReader(c.in))
@@ -428,6 +426,7 @@ func BenchmarkReader(b *testing.B) {
 						b.Fatal(err)
 					}
 				}
+				b.ReportMetric(float64(len(data))/float64(len(c.in)), "ratio")
 			})
 		}
 	}
