@@ -1,0 +1,175 @@
+// Command gantry is the command line beside gantryd: what containerd has to be
+// told, and what gantryd is doing.
+package main
+
+import (
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"os"
+	"os/signal"
+	"slices"
+	"strings"
+
+	"github.com/gantryd/gantry/plugin/config"
+)
+
+// Exit codes.
+const (
+	exitOK     = 0
+	exitFailed = 1
+	exitUsage  = 2 // a bad command line or configuration
+)
+
+const usage = `gantry tells what gantryd is doing, and containerd what it needs to use it.
+
+Usage:
+  gantry [--config FILE] status [--json]    transfers and unpacks under way, and where the last layers' time went
+  gantry [--config FILE] config containerd  print a drop-in for the imports of containerd's configuration
+  gantry help [COMMAND]
+  gantry --version | --help
+
+FILE is gantryd's configuration. Without --config, ` + config.DefaultPath + ` is read if it exists.
+Exit codes: 0, 1 after a failure (gantryd is not running, ...), 2 for a bad command line or configuration.
+`
+
+// command is one thing that gantry does.
+type command struct {
+	name string // its words
+	help string
+	// run gets the configuration and what follows the name.
+	run func(ctx context.Context, c *config.Config, flags *flag.FlagSet, stdout io.Writer) error
+	// define adds the command's own flags.
+	define func(*flag.FlagSet)
+}
+
+func commands() []command {
+	return []command{statusCommand, containerdCommand}
+}
+
+// usageError is a mistake in the command line.
+type usageError struct{ text string }
+
+func (e usageError) Error() string { return e.text }
+
+func main() {
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt)
+	code := run(ctx, os.Args[1:], os.Stdout, os.Stderr)
+	stop()
+	os.Exit(code)
+}
+
+// run does what args say and returns the exit code.
+func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
+	err := dispatch(ctx, args, stdout)
+	if err == nil {
+		return exitOK
+	}
+	for line := range strings.SplitSeq(err.Error(), "\n") {
+		_, _ = fmt.Fprintf(stderr, "gantry: %s\n", line)
+	}
+	if _, ok := errors.AsType[usageError](err); ok {
+		return exitUsage
+	}
+	if _, ok := errors.AsType[configError](err); ok {
+		return exitUsage
+	}
+	return exitFailed
+}
+
+// configError is a configuration that does not load.
+type configError struct{ error }
+
+func (e configError) Unwrap() error { return e.error }
+
+func dispatch(ctx context.Context, args []string, stdout io.Writer) error {
+	flags := flag.NewFlagSet("gantry", flag.ContinueOnError)
+	flags.SetOutput(io.Discard)
+	file := flags.String("config", "", "")
+	version := flags.Bool("version", false, "")
+	if err := flags.Parse(args); errors.Is(err, flag.ErrHelp) {
+		return print(stdout, usage)
+	} else if err != nil {
+		return usageError{err.Error() + "; see gantry --help"}
+	}
+	args = flags.Args()
+	switch {
+	case *version:
+		return print(stdout, "gantry "+config.Version+"\n")
+	case len(args) == 0:
+		return usageError{"no command; see gantry --help"}
+	case args[0] == "help":
+		return help(args[1:], stdout)
+	}
+	cmd, rest, err := find(args)
+	if err != nil {
+		return err
+	}
+	own := flag.NewFlagSet(cmd.name, flag.ContinueOnError)
+	own.SetOutput(io.Discard)
+	if cmd.define != nil {
+		cmd.define(own)
+	}
+	if err := own.Parse(rest); errors.Is(err, flag.ErrHelp) {
+		return print(stdout, cmd.help)
+	} else if err != nil {
+		return usageError{fmt.Sprintf("%s: %v; see gantry help %s", cmd.name, err, cmd.name)}
+	}
+	if own.NArg() > 0 {
+		return usageError{fmt.Sprintf("%s: unexpected %q; see gantry help %s", cmd.name, own.Arg(0), cmd.name)}
+	}
+	c, err := config.Load(*file)
+	if err != nil {
+		return configError{err}
+	}
+	return cmd.run(ctx, c, own, stdout)
+}
+
+// find returns the command that args begin with, and what follows.
+func find(args []string) (command, []string, error) {
+	for _, c := range commands() {
+		words := strings.Fields(c.name)
+		if len(args) >= len(words) && slices.Equal(args[:len(words)], words) {
+			return c, args[len(words):], nil
+		}
+	}
+	return command{}, nil, usageError{fmt.Sprintf("unknown command %q; see gantry --help", strings.Join(args, " "))}
+}
+
+func help(args []string, stdout io.Writer) error {
+	if len(args) == 0 {
+		return print(stdout, usage)
+	}
+	c, rest, err := find(args)
+	if err != nil {
+		return err
+	}
+	if len(rest) > 0 {
+		return usageError{fmt.Sprintf("unknown command %q; see gantry --help", strings.Join(args, " "))}
+	}
+	return print(stdout, c.help)
+}
+
+func print(w io.Writer, text string) error {
+	_, err := io.WriteString(w, text)
+	return err
+}
+
+var containerdCommand = command{
+	name: "config containerd",
+	help: `Usage: gantry [--config FILE] config containerd
+
+Prints what containerd 2 needs to use the gantryd that FILE configures: three proxy plugins, and the places
+where containerd chooses its content store, differ and snapshotter. Save it where containerd imports it:
+
+  gantry config containerd > /etc/containerd/conf.d/gantry.toml
+
+/etc/containerd/config.toml needs imports = ["/etc/containerd/conf.d/*.toml"] at its top. Then restart
+containerd. To go back, see the comment at the top of what is printed.
+`,
+	run: func(_ context.Context, c *config.Config, _ *flag.FlagSet, stdout io.Writer) error {
+		return c.WriteContainerd(stdout)
+	},
+}

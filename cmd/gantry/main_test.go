@@ -1,0 +1,182 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"net"
+	"os"
+	"path/filepath"
+	"reflect"
+	"strings"
+	"testing"
+	"time"
+
+	digest "github.com/opencontainers/go-digest"
+	"go.uber.org/goleak"
+	"google.golang.org/grpc"
+
+	"github.com/gantryd/gantry/plugin/config"
+	"github.com/gantryd/gantry/plugin/status"
+)
+
+func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+
+func TestCommandLine(t *testing.T) {
+	t.Parallel()
+	bad := filepath.Join(t.TempDir(), "bad.toml")
+	if err := os.WriteFile(bad, []byte("[snapshotter]\nmount = 7\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	empty := filepath.Join(t.TempDir(), "empty.toml")
+	if err := os.WriteFile(empty, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for name, tc := range map[string]struct {
+		args   []string
+		code   int
+		stdout string
+		stderr string
+	}{
+		"nothing":              {nil, exitUsage, "", "no command"},
+		"help":                 {[]string{"--help"}, exitOK, "Usage:\n  gantry", ""},
+		"help word":            {[]string{"help"}, exitOK, "Usage:\n  gantry", ""},
+		"version":              {[]string{"--version"}, exitOK, "gantry " + config.Version, ""},
+		"unknown":              {[]string{"statuss"}, exitUsage, "", `unknown command "statuss"`},
+		"half a command":       {[]string{"config"}, exitUsage, "", `unknown command "config"`},
+		"unknown flag":         {[]string{"--conf", "x", "status"}, exitUsage, "", "flag provided but not defined: -conf"},
+		"help of status":       {[]string{"status", "--help"}, exitOK, "--json", ""},
+		"help of containerd":   {[]string{"help", "config", "containerd"}, exitOK, "imports", ""},
+		"help of nothing":      {[]string{"help", "nope"}, exitUsage, "", `unknown command "nope"`},
+		"unknown status flag":  {[]string{"status", "--xml"}, exitUsage, "", "see gantry help status"},
+		"too much":             {[]string{"config", "containerd", "crio"}, exitUsage, "", `unexpected "crio"`},
+		"absent configuration": {[]string{"--config", "/absent.toml", "status"}, exitUsage, "", "/absent.toml"},
+		"bad configuration":    {[]string{"--config", bad, "config", "containerd"}, exitUsage, "", bad + ":2: snapshotter.mount"},
+		"drop-in":              {[]string{"--config", empty, "config", "containerd"}, exitOK, "version = 3", ""},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			var stdout, stderr bytes.Buffer
+			code := run(t.Context(), tc.args, &stdout, &stderr)
+			if code != tc.code {
+				t.Errorf("exit code %d, want %d", code, tc.code)
+			}
+			for what, pair := range map[string][2]string{"stdout": {stdout.String(), tc.stdout}, "stderr": {stderr.String(), tc.stderr}} {
+				got, want := pair[0], pair[1]
+				if !strings.Contains(got, want) || (want == "" && got != "") {
+					t.Errorf("%s: got %q, want %q in it", what, got, want)
+				}
+			}
+		})
+	}
+}
+
+// node writes a configuration for a socket of the test's own.
+func node(t *testing.T) (file, address string) {
+	t.Helper()
+	dir, err := os.MkdirTemp("", "gantry")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = os.RemoveAll(dir) })
+	file, address = filepath.Join(dir, "config.toml"), filepath.Join(dir, "g.sock")
+	if err := os.WriteFile(file, []byte("address = \""+address+"\"\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	return file, address
+}
+
+type fixed struct{ report *status.Report }
+
+func (f fixed) Get(context.Context) (*status.Report, error) { return f.report, nil }
+
+func serve(t *testing.T, address string, r *status.Report) {
+	t.Helper()
+	l, err := new(net.ListenConfig).Listen(t.Context(), "unix", address)
+	if err != nil {
+		t.Fatal(err)
+	}
+	srv := grpc.NewServer()
+	status.Register(srv, fixed{r})
+	done := make(chan error, 1)
+	go func() { done <- srv.Serve(l) }()
+	t.Cleanup(func() {
+		srv.Stop()
+		<-done
+	})
+}
+
+func TestStatus(t *testing.T) {
+	t.Parallel()
+	blob, layer := digest.FromString("blob"), digest.FromString("layer")
+	now := time.Now().UTC()
+	busy := &status.Report{
+		Version: "v1.2.3", PID: 42, Started: now.Add(-time.Minute), Root: "/r", Mount: status.Mount{Mode: "file", Reason: "Linux 6.18"},
+		Transfers: []status.Transfer{
+			{Digest: blob, Size: 200 << 20, Frontier: 50 << 20, Received: 60 << 20, Rate: 10 << 20, Phase: "fetching", Hosts: []string{"a:5000", "b"}, Waiters: 3},
+			{Digest: layer, Size: 0, Phase: "failed", Error: "first\nsecond"},
+		},
+		Unpacks: []status.Unpack{{Digest: blob, Size: 200 << 20, Read: 100 << 20, Written: 300 << 20, Rate: 20 << 20, Phase: "unpacking"}},
+		Recent:  []status.Layer{{Namespace: "k8s.io", Image: "reg/app:1", Digest: layer, Size: 1000, Written: 2048, Seconds: status.Seconds{Total: 1.5, Download: 1.25}}},
+	}
+	idle := &status.Report{Version: "v1.2.3", PID: 42, Started: now, Root: "/r", Mount: status.Mount{Mode: "directory"}}
+	for name, tc := range map[string]struct {
+		report *status.Report
+		want   []string
+	}{
+		"idle": {idle, []string{"gantryd v1.2.3, pid 42, up ", "mount mode directory\n", "nothing is under way\n"}},
+		"busy": {busy, []string{
+			"up 1m", "root /r", "mount mode file: Linux 6.18\n",
+			"fetching  25%   60.0 MiB  200.0 MiB  10.0 MiB/s  3        a:5000,b",
+			"failed    -     0 B       0 B        -           0        -  first; second",
+			"unpacking  50%   100.0 MiB  200.0 MiB  300.0 MiB  20.0 MiB/s",
+			"1000 B  2.0 KiB   1.50s  0.00s   0.00s  1.25s", "k8s.io     reg/app:1",
+		}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			file, address := node(t)
+			serve(t, address, tc.report)
+			var stdout, stderr bytes.Buffer
+			if code := run(t.Context(), []string{"--config", file, "status"}, &stdout, &stderr); code != exitOK {
+				t.Fatalf("exit code %d: %s", code, stderr.String())
+			}
+			for _, want := range tc.want {
+				if !strings.Contains(stdout.String(), want) {
+					t.Errorf("got\n%swant %q in it", stdout.String(), want)
+				}
+			}
+			stdout.Reset()
+			if code := run(t.Context(), []string{"--config", file, "status", "--json"}, &stdout, &stderr); code != exitOK {
+				t.Fatalf("exit code %d: %s", code, stderr.String())
+			}
+			got := &status.Report{}
+			if err := json.Unmarshal(stdout.Bytes(), got); err != nil || !reflect.DeepEqual(got, tc.report) {
+				t.Errorf("json: %v\ngot  %+v\nwant %+v", err, got, tc.report)
+			}
+		})
+	}
+}
+
+func TestStatusWithoutGantryd(t *testing.T) {
+	t.Parallel()
+	file, address := node(t)
+	check := func(what string) {
+		t.Helper()
+		var stdout, stderr bytes.Buffer
+		code := run(t.Context(), []string{"--config", file, "status"}, &stdout, &stderr)
+		if want := "gantryd is not running: nobody answers at " + address; code != exitFailed || !strings.Contains(stderr.String(), want) {
+			t.Errorf("%s: exit code %d, %q; want %d, %q", what, code, stderr.String(), exitFailed, want)
+		}
+	}
+	check("no socket")
+	l, err := new(net.ListenConfig).Listen(t.Context(), "unix", address)
+	if err != nil {
+		t.Fatal(err)
+	}
+	l.(*net.UnixListener).SetUnlinkOnClose(false)
+	if err := l.Close(); err != nil {
+		t.Fatal(err)
+	}
+	check("a socket left by a kill")
+}

@@ -1,0 +1,180 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"io/fs"
+	"net"
+	"strconv"
+	"strings"
+	"syscall"
+	"text/tabwriter"
+	"time"
+
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials/insecure"
+
+	"github.com/gantryd/gantry/plugin/config"
+	"github.com/gantryd/gantry/plugin/status"
+)
+
+// answerWithin is how long gantryd may take to tell its status.
+const answerWithin = 10 * time.Second
+
+var statusCommand = command{
+	name: "status",
+	help: `Usage: gantry [--config FILE] status [--json]
+
+Asks gantryd, at the address in FILE, what it is doing:
+  TRANSFERS  blobs on their way from a registry: bytes, rate, phase, hosts, clients that wait
+  UNPACKS    layers being decompressed and written, while their blob arrives
+  LAYERS     layers that were finished last, and the seconds they spent where. The parts overlap.
+
+  --json     print the whole report as JSON; sizes are in bytes, rates in bytes a second
+`,
+	define: func(flags *flag.FlagSet) { flags.Bool("json", false, "") },
+	run:    runStatus,
+}
+
+func runStatus(ctx context.Context, c *config.Config, flags *flag.FlagSet, stdout io.Writer) error {
+	report, err := fetch(ctx, c.Address)
+	if err != nil {
+		return err
+	}
+	if flags.Lookup("json").Value.String() == "true" {
+		e := json.NewEncoder(stdout)
+		e.SetIndent("", "  ")
+		return e.Encode(report)
+	}
+	return printReport(stdout, report, time.Now())
+}
+
+// fetch asks the gantryd at address.
+func fetch(ctx context.Context, address string) (_ *status.Report, err error) {
+	ctx, cancel := context.WithTimeout(ctx, answerWithin)
+	defer cancel()
+	if err := reachable(ctx, address); err != nil {
+		return nil, err
+	}
+	conn, err := grpc.NewClient("unix://"+address, grpc.WithTransportCredentials(insecure.NewCredentials()),
+		grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(64<<20)))
+	if err != nil {
+		return nil, err
+	}
+	defer func() { err = errors.Join(err, conn.Close()) }()
+	report, err := status.Get(ctx, conn)
+	if err != nil {
+		return nil, fmt.Errorf("gantryd at %s: %w", address, err)
+	}
+	return report, nil
+}
+
+// reachable says in plain words why nobody answers at address.
+func reachable(ctx context.Context, address string) error {
+	conn, err := new(net.Dialer).DialContext(ctx, "unix", address)
+	switch {
+	case err == nil:
+		return conn.Close()
+	case errors.Is(err, fs.ErrNotExist), errors.Is(err, syscall.ECONNREFUSED):
+		return fmt.Errorf("gantryd is not running: nobody answers at %s (systemctl status gantryd)", address)
+	case errors.Is(err, fs.ErrPermission):
+		return fmt.Errorf("gantryd at %s: permission denied; run as root", address)
+	}
+	return fmt.Errorf("gantryd at %s: %w", address, err)
+}
+
+// printReport prints the report for people.
+func printReport(w io.Writer, r *status.Report, now time.Time) error {
+	t := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
+	line := func(cells ...string) { _, _ = fmt.Fprintln(t, strings.Join(cells, "\t")) }
+	line(fmt.Sprintf("gantryd %s, pid %d, up %s, root %s", r.Version, r.PID, now.Sub(r.Started).Round(time.Second), r.Root))
+	line("mount mode " + r.Mount.Mode + reason(r.Mount.Reason))
+	if len(r.Transfers)+len(r.Unpacks) == 0 {
+		line("nothing is under way")
+	}
+	if len(r.Transfers) > 0 {
+		line("")
+		line("TRANSFERS", "PHASE", "DONE", "RECEIVED", "SIZE", "RATE", "CLIENTS", "HOSTS")
+		for _, x := range r.Transfers {
+			line(short(string(x.Digest)), x.Phase, percent(x.Frontier, x.Size), amount(x.Received), amount(x.Size), rate(x.Rate),
+				strconv.Itoa(x.Waiters), dash(strings.Join(x.Hosts, ","))+suffix(x.Error))
+		}
+	}
+	if len(r.Unpacks) > 0 {
+		line("")
+		line("UNPACKS", "PHASE", "DONE", "READ", "SIZE", "WRITTEN", "RATE")
+		for _, x := range r.Unpacks {
+			line(short(string(x.Digest)), x.Phase, percent(x.Read, x.Size), amount(x.Read), amount(x.Size), amount(x.Written), rate(x.Rate))
+		}
+	}
+	if len(r.Recent) > 0 {
+		line("")
+		line("LAYERS", "SIZE", "UNPACKED", "TOTAL", "QUEUED", "WAIT", "DOWNLOAD", "DECOMPRESS", "WRITE", "VERIFY", "COMMIT", "NAMESPACE", "IMAGE")
+		for _, x := range r.Recent {
+			s := x.Seconds
+			line(short(string(x.Digest)), amount(x.Size), amount(x.Written), seconds(s.Total), seconds(s.Queued), seconds(s.Wait), seconds(s.Download),
+				seconds(s.Decompress), seconds(s.Write), seconds(s.Verify), seconds(s.Commit), dash(x.Namespace), dash(x.Image)+suffix(x.Error))
+		}
+	}
+	return t.Flush()
+}
+
+func reason(text string) string {
+	if text == "" {
+		return ""
+	}
+	return ": " + text
+}
+
+// short is what is left of a digest in a table.
+func short(d string) string {
+	_, hex, _ := strings.Cut(d, ":")
+	return hex[:min(12, len(hex))]
+}
+
+func percent(part, whole int64) string {
+	if whole <= 0 {
+		return "-"
+	}
+	return fmt.Sprintf("%d%%", int(float64(part)/float64(whole)*100))
+}
+
+// amount prints n in the binary unit that leaves one to four digits.
+func amount(n int64) string {
+	units := []string{"B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB"}
+	f, i := float64(n), 0
+	for ; f >= 1024 && i < len(units)-1; i++ {
+		f /= 1024
+	}
+	if i == 0 {
+		return fmt.Sprintf("%d B", n)
+	}
+	return fmt.Sprintf("%.1f %s", f, units[i])
+}
+
+func rate(r float64) string {
+	if r <= 0 {
+		return "-"
+	}
+	return amount(int64(r)) + "/s"
+}
+
+func seconds(s float64) string { return fmt.Sprintf("%.2fs", s) }
+
+func dash(s string) string {
+	if s == "" {
+		return "-"
+	}
+	return s
+}
+
+func suffix(problem string) string {
+	if problem == "" {
+		return ""
+	}
+	return "  " + strings.ReplaceAll(problem, "\n", "; ")
+}

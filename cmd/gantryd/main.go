@@ -1,0 +1,132 @@
+// Command gantryd serves containerd's content, snapshot and diff services.
+package main
+
+import (
+	"context"
+	_ "embed"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"os"
+	"os/signal"
+	"strings"
+	"syscall"
+
+	"github.com/containerd/log"
+
+	"github.com/gantryd/gantry/plugin"
+	"github.com/gantryd/gantry/plugin/config"
+)
+
+// Exit codes. A second signal ends the process with 128 and the signal's number,
+// as a shell would report it.
+const (
+	exitOK     = 0
+	exitFailed = 1
+	exitUsage  = 2 // a bad command line or configuration: starting again does not help
+)
+
+const usage = `gantryd serves containerd's content, snapshot and diff services on one unix socket.
+
+Usage:
+  gantryd [--config FILE]             run until SIGTERM or SIGINT; a second one ends it at once
+  gantryd config default              print the default configuration, with a comment for each key
+  gantryd [--config FILE] config dump print the configuration that gantryd would run with
+  gantryd config systemd              print a unit for systemd
+  gantryd --version | --help
+
+Without --config, ` + config.DefaultPath + ` is read if it exists.
+Exit codes: 0 after a stop that was asked for, 1 after a failure, 2 for a bad command line or configuration.
+Beside it: "gantry config containerd" prints what containerd needs, "gantry status" shows what gantryd is doing.
+`
+
+//go:embed gantryd.service
+var unit string
+
+func main() {
+	os.Exit(run(os.Args[1:], os.Stdout, os.Stderr, serve))
+}
+
+// run takes the command line apart. It returns the exit code.
+func run(args []string, stdout, stderr io.Writer, serve func(*config.Config) error) int {
+	flags := flag.NewFlagSet("gantryd", flag.ContinueOnError)
+	flags.SetOutput(io.Discard)
+	file := flags.String("config", "", "")
+	version := flags.Bool("version", false, "")
+	if err := flags.Parse(args); errors.Is(err, flag.ErrHelp) {
+		return output(stdout, stderr, usage)
+	} else if err != nil {
+		return misused(stderr, err.Error())
+	}
+	if *version {
+		return output(stdout, stderr, "gantryd "+config.Version+"\n")
+	}
+	switch command := strings.Join(flags.Args(), " "); command {
+	case "help":
+		return output(stdout, stderr, usage)
+	case "config default":
+		return fail(stderr, config.Default().Encode(stdout), exitFailed)
+	case "config systemd":
+		return output(stdout, stderr, unit)
+	case "", "config dump":
+		c, err := config.Load(*file)
+		if err != nil {
+			return fail(stderr, err, exitUsage)
+		}
+		if command != "" {
+			return fail(stderr, c.Encode(stdout), exitFailed)
+		}
+		return fail(stderr, serve(c), exitFailed)
+	default:
+		return misused(stderr, fmt.Sprintf("unknown command %q", command))
+	}
+}
+
+func output(stdout, stderr io.Writer, text string) int {
+	_, err := io.WriteString(stdout, text)
+	return fail(stderr, err, exitFailed)
+}
+
+func misused(stderr io.Writer, what string) int {
+	_, _ = fmt.Fprintf(stderr, "gantryd: %s; see gantryd --help\n", what)
+	return exitUsage
+}
+
+func fail(stderr io.Writer, err error, code int) int {
+	if err == nil {
+		return exitOK
+	}
+	for line := range strings.SplitSeq(err.Error(), "\n") {
+		_, _ = fmt.Fprintf(stderr, "gantryd: %s\n", line)
+	}
+	return code
+}
+
+// serve runs the daemon until a signal or a failure.
+func serve(c *config.Config) (err error) {
+	if err := errors.Join(log.SetLevel(c.Log.Level), log.SetFormat(log.OutputFormat(c.Log.Format))); err != nil {
+		return err
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	defer cancel()
+	signals := make(chan os.Signal, 2)
+	signal.Notify(signals, syscall.SIGTERM, syscall.SIGINT)
+	go func() {
+		log.L.WithField("signal", <-signals).Info("stopping; a second signal ends gantryd at once")
+		cancel()
+		again := <-signals
+		log.L.WithField("signal", again).Warn("ending at once")
+		code := exitFailed
+		if n, ok := again.(syscall.Signal); ok {
+			code = 128 + int(n)
+		}
+		os.Exit(code)
+	}()
+	d, err := plugin.New(ctx, c)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, d.Close()) }()
+	return d.Run(ctx)
+}

@@ -1,0 +1,199 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	contentapi "github.com/containerd/containerd/api/services/content/v1"
+	"github.com/containerd/containerd/v2/pkg/namespaces"
+	"go.uber.org/goleak"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials/insecure"
+
+	"github.com/gantryd/gantry/plugin/config"
+	"github.com/gantryd/gantry/plugin/status"
+)
+
+// asGantryd makes the test's program run as gantryd itself.
+const asGantryd = "GANTRYD_TEST_AS_GANTRYD"
+
+func TestMain(m *testing.M) {
+	if os.Getenv(asGantryd) != "" {
+		main()
+	}
+	goleak.VerifyTestMain(m)
+}
+
+func TestCommandLine(t *testing.T) {
+	t.Parallel()
+	bad := filepath.Join(t.TempDir(), "bad.toml")
+	if err := os.WriteFile(bad, []byte("\nroot = \"relative\"\nnope = 1\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	good := filepath.Join(t.TempDir(), "good.toml")
+	if err := os.WriteFile(good, []byte("root = \"/somewhere\"\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for name, tc := range map[string]struct {
+		args   []string
+		served error
+		code   int
+		stdout string
+		stderr string
+	}{
+		"help":           {[]string{"-h"}, nil, exitOK, "Usage:\n  gantryd", ""},
+		"version":        {[]string{"--version"}, nil, exitOK, "gantryd " + config.Version, ""},
+		"default":        {[]string{"config", "default"}, nil, exitOK, "root = \"/var/lib/gantry\"", ""},
+		"dump":           {[]string{"--config", good, "config", "dump"}, nil, exitOK, "root = \"/somewhere\"", ""},
+		"unit":           {[]string{"config", "systemd"}, nil, exitOK, "WatchdogSec=", ""},
+		"unknown":        {[]string{"serve"}, nil, exitUsage, "", `unknown command "serve"`},
+		"unknown flag":   {[]string{"--root", "/x"}, nil, exitUsage, "", "not defined: -root"},
+		"absent file":    {[]string{"--config", "/absent.toml"}, nil, exitUsage, "", "/absent.toml"},
+		"bad file":       {[]string{"--config", bad}, nil, exitUsage, "", "gantryd: " + bad + ":2: root: \"relative\" is not absolute; want an absolute path"},
+		"all that's bad": {[]string{"--config", bad}, nil, exitUsage, "", "\ngantryd: " + bad + ":3: nope: unknown key"},
+		"served":         {[]string{"--config", good}, nil, exitOK, "", ""},
+		"failed":         {[]string{"--config", good}, errors.New("no room"), exitFailed, "", "gantryd: no room"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			var stdout, stderr bytes.Buffer
+			code := run(tc.args, &stdout, &stderr, func(c *config.Config) error {
+				if c.Root != "/somewhere" {
+					t.Errorf("served with root %s", c.Root)
+				}
+				return tc.served
+			})
+			if code != tc.code {
+				t.Errorf("exit code %d, want %d", code, tc.code)
+			}
+			for what, pair := range map[string][2]string{"stdout": {stdout.String(), tc.stdout}, "stderr": {stderr.String(), tc.stderr}} {
+				if got, want := pair[0], pair[1]; !strings.Contains(got, want) || (want == "" && got != "") {
+					t.Errorf("%s: got %q, want %q in it", what, got, want)
+				}
+			}
+		})
+	}
+}
+
+// gantryd is a real one, in a process of its own.
+type gantryd struct {
+	cmd    *exec.Cmd
+	conn   *grpc.ClientConn
+	socket string
+	stderr *bytes.Buffer
+}
+
+func start(t *testing.T) *gantryd {
+	t.Helper()
+	dir, err := os.MkdirTemp("", "gantry")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = os.RemoveAll(dir) })
+	file := filepath.Join(dir, "config.toml")
+	text := "root = \"" + dir + "/root\"\nstate = \"" + dir + "\"\ncontainerd.address = \"" + dir + "/absent.sock\"\n"
+	if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	g := &gantryd{socket: dir + "/gantry.sock", stderr: &bytes.Buffer{}}
+	g.cmd = exec.CommandContext(context.WithoutCancel(t.Context()), os.Args[0], "--config", file)
+	g.cmd.Env = append(os.Environ(), asGantryd+"=1")
+	g.cmd.Stderr = g.stderr
+	if err := g.cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		_ = g.cmd.Process.Kill()
+		_ = g.cmd.Wait()
+	})
+	g.conn, err = grpc.NewClient("unix://"+g.socket, grpc.WithTransportCredentials(insecure.NewCredentials()))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = g.conn.Close() })
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
+	for {
+		if _, err = status.Get(ctx, g.conn); err == nil {
+			return g
+		}
+		g.conn.ResetConnectBackoff()
+		select {
+		case <-ctx.Done():
+			t.Fatalf("gantryd does not answer: %v\n%s", err, g.stderr)
+		case <-time.After(20 * time.Millisecond):
+		}
+	}
+}
+
+func (g *gantryd) signal(t *testing.T, s os.Signal) {
+	t.Helper()
+	if err := g.cmd.Process.Signal(s); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func (g *gantryd) exitCode(t *testing.T) int {
+	t.Helper()
+	err := g.cmd.Wait()
+	if _, failed := errors.AsType[*exec.ExitError](err); err != nil && !failed {
+		t.Fatal(err)
+	}
+	return g.cmd.ProcessState.ExitCode()
+}
+
+func TestSignalDrains(t *testing.T) {
+	t.Parallel()
+	g := start(t)
+	g.signal(t, syscall.SIGTERM)
+	if code := g.exitCode(t); code != exitOK {
+		t.Errorf("exit code %d, want %d\n%s", code, exitOK, g.stderr)
+	}
+}
+
+func TestSecondSignalEndsAtOnce(t *testing.T) {
+	t.Parallel()
+	g := start(t)
+	// A client that opens a stream and says no more would hold up a drain.
+	ctx := namespaces.WithNamespace(t.Context(), "test")
+	w, err := contentapi.NewContentClient(g.conn).Write(ctx)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := w.Send(&contentapi.WriteContentRequest{Action: contentapi.WriteAction_STAT, Ref: "default/1/x"}); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := w.Recv(); err != nil {
+		t.Fatal(err)
+	}
+	g.signal(t, syscall.SIGTERM)
+	// The drain has begun once the socket is gone; the stream lives on.
+	for {
+		if _, err := os.Stat(g.socket); err != nil {
+			break
+		}
+		select {
+		case <-t.Context().Done():
+			t.Fatal(context.Cause(t.Context()))
+		case <-time.After(5 * time.Millisecond):
+		}
+	}
+	if err := w.Send(&contentapi.WriteContentRequest{Action: contentapi.WriteAction_STAT, Ref: "default/1/x"}); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := w.Recv(); err != nil {
+		t.Errorf("a call under way was cut off at once: %v", err)
+	}
+	g.signal(t, syscall.SIGTERM)
+	if code, want := g.exitCode(t), 128+int(syscall.SIGTERM); code != want {
+		t.Errorf("exit code %d, want %d\n%s", code, want, g.stderr)
+	}
+}

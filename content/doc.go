@@ -1,0 +1,41 @@
+// Package content is containerd's content store on disk, with a write session
+// that can take a download over.
+//
+// # Layout
+//
+// The root is laid out as containerd's own local store lays it out, so that a
+// node can switch to gantry and back without moving a byte:
+//
+//	blobs/<algorithm>/<hex>   complete, verified, immutable
+//	ingest/<sha256 of ref>/   ref, data, startedat, updatedat, total: what a client writes
+//
+// The name of an ingest's folder is a hash, so no ref leads out of the root.
+// One process owns a root; transfers may be shared, blobs/ never.
+//
+// # Visible and hidden
+//
+// containerd calls Info, Abort, STAT and COMMIT while it holds its database's
+// write transaction, where an fsync would stop the whole daemon. So data becomes
+// durable before: when the STAT that waits for a transfer answers, or when the
+// WRITE that completes a declared size returns, the blob lies in blobs/, file
+// and folder fsynced, but hidden. Info, Walk and ReaderAt show it from COMMIT
+// on, which only flips a flag in memory. Whoever staged a hidden blob holds it;
+// when the last holder is aborted it is unlinked. After a start everything in
+// blobs/ is visible, and containerd's garbage collection removes what nobody
+// owns.
+//
+// An ingest without a declared size is synced every 8 MiB, so that its COMMIT,
+// which cannot know it is coming, finds little to sync.
+//
+// # Labels
+//
+// containerd's metadata store keeps the labels of blobs. The ones given to
+// Commit and Update here live in memory and are gone after a restart.
+//
+// # Locks
+//
+// Store.mu guards the two maps and is never held during I/O, a callback or a
+// call to Fetcher, Transfer or Observer. Store.files serialises renames into
+// and unlinks from blobs/, and is taken before mu. Session.mu comes before
+// both. No goroutine is started by this package.
+package content

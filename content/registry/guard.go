@@ -1,0 +1,87 @@
+package registry
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+	"slices"
+)
+
+// policy says what a request made on behalf of an endpoint may do, wherever
+// containerd's authorizer or a fallback to http may take it. It travels in the
+// request's context.
+type policy struct {
+	host   string      // the endpoint's own host[:port]
+	plain  bool        // http is allowed
+	header http.Header // of hosts.toml: for the own host only
+	token  bool        // a request to a token server
+}
+
+type (
+	policyKey struct{}
+	askedKey  struct{}
+)
+
+func withPolicy(ctx context.Context, p *policy) context.Context {
+	return context.WithValue(ctx, policyKey{}, p)
+}
+
+// asking notes the scheme that was asked for, above containerd's transport that
+// goes from https to http where a port speaks no TLS.
+type asking struct{ http.RoundTripper }
+
+func (a asking) RoundTrip(req *http.Request) (*http.Response, error) {
+	ctx := context.WithValue(req.Context(), askedKey{}, req.URL.Scheme)
+	return a.RoundTripper.RoundTrip(req.WithContext(ctx))
+}
+
+// errPlain refuses a request in the clear.
+var errPlain = errors.New("plain http is refused: neither hosts.toml nor the rule for localhost allows it here")
+
+// maxToken bounds a token server's reply, in bytes.
+const maxToken = 1 << 20
+
+// guard is the last to see a request before it goes out.
+type guard struct{ *http.Transport }
+
+func (g guard) RoundTrip(req *http.Request) (*http.Response, error) {
+	p, _ := req.Context().Value(policyKey{}).(*policy)
+	if p == nil {
+		return nil, errors.New("request without a policy")
+	}
+	own := req.URL.Host == p.host
+	if req.URL.Scheme != "https" {
+		// A fallback is for the endpoint itself, not for those it points to.
+		fellBack := req.Context().Value(askedKey{}) == "https"
+		if !p.plain || fellBack && !own {
+			return nil, fmt.Errorf("%s: %w", req.URL.Host, errPlain)
+		}
+	}
+	if !own && len(p.header) > 0 {
+		req = req.Clone(req.Context())
+		removeValues(req.Header, p.header)
+	}
+	resp, err := g.Transport.RoundTrip(req)
+	if err == nil && p.token {
+		resp.Body = struct {
+			io.Reader
+			io.Closer
+		}{io.LimitReader(resp.Body, maxToken), resp.Body}
+	}
+	return resp, err
+}
+
+// removeValues takes the values of private out of header. A value that only
+// has the same name, such as a Basic login meant for a token server, stays.
+func removeValues(header, private http.Header) {
+	for key, values := range private {
+		left := slices.DeleteFunc(header[key], func(v string) bool { return slices.Contains(values, v) })
+		if len(left) == 0 {
+			delete(header, key)
+		} else {
+			header[key] = left
+		}
+	}
+}

@@ -1,0 +1,162 @@
+package content
+
+import (
+	"context"
+	_ "crypto/sha256" // makes digest.SHA256 available
+	_ "crypto/sha512" // makes digest.SHA384 and digest.SHA512 available
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"sync"
+	"syscall"
+	"time"
+
+	ccontent "github.com/containerd/containerd/v2/core/content"
+	"github.com/containerd/errdefs"
+	"github.com/opencontainers/go-digest"
+)
+
+const (
+	blobFolder   = "blobs"
+	ingestFolder = "ingest"
+)
+
+var _ ccontent.Store = (*Store)(nil)
+
+// Fetcher takes the download of a blob over. Session.Status calls it, once per
+// session at most.
+type Fetcher interface {
+	// Fetch joins or starts the transfer of a blob. It may wait for containerd's
+	// API until ctx ends. errdefs.ErrNotFound: nobody but the client can fetch
+	// this blob; any other error has the same effect and is logged.
+	Fetch(ctx context.Context, req FetchRequest) (Transfer, error)
+}
+
+// FetchRequest says which blob a client is about to fetch, and for whom.
+type FetchRequest struct {
+	// Namespace is containerd's namespace of the request.
+	Namespace string
+	// Ref is the client's own ref, without containerd's "namespace/number/".
+	Ref    string
+	Digest digest.Digest
+	// Size is the whole blob's, in bytes; always positive.
+	Size int64
+}
+
+// Transfer is one waiter of a blob that is being fetched. Every method but Close
+// may be called at any time, Frontier also after Close.
+type Transfer interface {
+	// Wait returns nil when the blob is complete, verified and durable.
+	Wait(ctx context.Context) error
+	// Frontier is the number of contiguous bytes that are there.
+	Frontier() int64
+	// LinkTo makes path a hard link to the finished file.
+	LinkTo(path string) error
+	// CopyTo writes the bytes below the frontier to w.
+	CopyTo(ctx context.Context, w io.Writer) (int64, error)
+	// Close drops the waiter; whether the transfer goes on is not its business.
+	Close() error
+}
+
+// Observer is told what happens to blobs. Its methods must not block: containerd
+// may hold its database's lock. None of the Store's locks is held when they are
+// called, so they may use the Store.
+type Observer interface {
+	// Committed: namespace has committed a blob, also when the store showed it
+	// already (for another namespace).
+	Committed(namespace string, d digest.Digest, size int64)
+	// Ingesting: a client writes the blob d itself. Called at the first WRITE of
+	// a session, and again at the first WRITE after a truncation. size is 0 when
+	// the client has declared none.
+	Ingesting(namespace string, d digest.Digest, size int64, g *Growing)
+	// Deleted: the blob is no longer shown.
+	Deleted(d digest.Digest)
+}
+
+// Options of a Store. Both members may be nil.
+type Options struct {
+	Fetcher  Fetcher
+	Observer Observer
+}
+
+// Store is containerd's content.Store on disk. See the package's documentation.
+type Store struct {
+	root     string
+	fetcher  Fetcher
+	observer Observer
+
+	// files serialises changes of blobs/. It comes before mu.
+	files sync.Mutex
+
+	mu      sync.Mutex
+	blobs   map[digest.Digest]*blob
+	ingests map[string]*ingest
+}
+
+// NewStore opens the store at root, and makes the folders that are missing. All
+// blobs it finds are visible; ingests are kept for their clients to resume.
+func NewStore(root string, o Options) (*Store, error) {
+	s := &Store{
+		root:     root,
+		fetcher:  o.Fetcher,
+		observer: o.Observer,
+		blobs:    map[digest.Digest]*blob{},
+		ingests:  map[string]*ingest{},
+	}
+	for _, dir := range []string{filepath.Join(blobFolder, digest.Canonical.String()), ingestFolder} {
+		if err := os.MkdirAll(filepath.Join(root, dir), 0o755); err != nil {
+			return nil, fmt.Errorf("content store: %w", err)
+		}
+	}
+	if err := errors.Join(syncDir(filepath.Join(root, blobFolder)), syncDir(root)); err != nil {
+		return nil, fmt.Errorf("content store: %w", err)
+	}
+	if err := s.loadBlobs(); err != nil {
+		return nil, fmt.Errorf("content store: %w", err)
+	}
+	if err := s.loadIngests(); err != nil {
+		return nil, fmt.Errorf("content store: %w", err)
+	}
+	return s, nil
+}
+
+func (s *Store) committed(namespace string, d digest.Digest, size int64) {
+	if s.observer != nil {
+		s.observer.Committed(namespace, d, size)
+	}
+}
+
+func syncDir(path string) error {
+	d, err := os.Open(path)
+	if err != nil {
+		return err
+	}
+	return errors.Join(d.Sync(), d.Close())
+}
+
+// plain says a full disk in words for the person who reads the pod's events.
+func (s *Store) plain(err error) error {
+	if errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EDQUOT) {
+		return fmt.Errorf("the disk of %s is full, free some space and pull again: %w: %w",
+			s.root, errdefs.ErrResourceExhausted, err)
+	}
+	return err
+}
+
+// removeFile treats a file that is not there as removed.
+func removeFile(path string) error {
+	if err := os.Remove(path); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return err
+	}
+	return nil
+}
+
+func writeTime(path string, t time.Time) error {
+	text, err := t.MarshalText()
+	if err != nil {
+		return err
+	}
+	return os.WriteFile(path, text, 0o644)
+}

@@ -1,0 +1,176 @@
+package content
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+
+	"github.com/containerd/errdefs"
+	"github.com/containerd/log"
+)
+
+// settle is the work of the one STAT that may wait.
+func (s *Session) settle(ctx context.Context) error {
+	if s.ing.staged != "" {
+		return nil
+	}
+	if s.eligible() {
+		if err := s.takeOver(ctx); err != nil {
+			return err
+		}
+	}
+	if err := s.catchUp(ctx); err != nil {
+		return s.store.plain(err)
+	}
+	if err := s.finish(ctx); err != nil {
+		return err
+	}
+	s.shift = s.ing.offset - s.base
+	return nil
+}
+
+// finish stages an ingest that has all bytes but was not staged: a crash came in
+// between, or they are not the blob. Those are of no use to anybody, and answering
+// offset 0 lets the client fetch the right ones.
+func (s *Session) finish(ctx context.Context) error {
+	if s.ing.staged != "" || s.ing.total == 0 || s.ing.offset != s.ing.total {
+		return nil
+	}
+	if err := s.complete(ctx); err != nil || s.ing.staged != "" {
+		return err
+	}
+	return s.store.plain(s.startOver())
+}
+
+// eligible: a transfer can only be asked for by digest and size, and brings
+// nothing to an ingest that has its bytes.
+func (s *Session) eligible() bool {
+	return s.store.fetcher != nil && s.declared > 0 && s.named != "" && s.named == s.want && s.ing.offset < s.ing.total
+}
+
+// takeOver waits for a transfer to bring the blob. Only the end of ctx, an Abort
+// and a failure of the own disk are errors: after anything else the client goes
+// on by itself, from what is there.
+func (s *Session) takeOver(ctx context.Context) error {
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	if err := s.store.watch(s.ing, cancel); err != nil {
+		return err
+	}
+	defer s.store.waiting(s.ing, nil)
+
+	_, ref := splitRef(s.ing.ref)
+	req := FetchRequest{Namespace: s.namespace, Ref: ref, Digest: s.named, Size: s.declared}
+	t, err := s.store.fetcher.Fetch(ctx, req)
+	if err != nil {
+		return s.alone(ctx, "no transfer, the client fetches", err)
+	}
+	s.store.waiting(s.ing, t)
+	err = s.await(ctx, t)
+	s.store.waiting(s.ing, nil)
+	if cerr := t.Close(); cerr != nil {
+		log.G(ctx).WithError(cerr).WithField("digest", s.named).Warn("leaving a transfer")
+	}
+	return err
+}
+
+func (s *Session) await(ctx context.Context, t Transfer) error {
+	err := t.Wait(ctx)
+	if err == nil {
+		err = s.claim(t)
+	}
+	if err == nil {
+		return nil
+	}
+	if err := s.alone(ctx, "the transfer failed, the client goes on", err); err != nil {
+		return err
+	}
+	return s.salvage(ctx, t)
+}
+
+// alone decides whether the client can go on after err, and says why it has to.
+func (s *Session) alone(ctx context.Context, what string, err error) error {
+	if ctx.Err() != nil {
+		return context.Cause(ctx)
+	}
+	entry := log.G(ctx).WithError(err).WithField("digest", s.named).WithField("ref", s.ing.ref)
+	if errdefs.IsNotFound(err) {
+		entry.Debug(what)
+	} else {
+		entry.Warn(what)
+	}
+	return nil
+}
+
+// claim makes the finished transfer's file the staged blob of this ingest.
+func (s *Session) claim(t Transfer) error {
+	path := s.ing.path(claimedFile)
+	if err := removeFile(path); err != nil {
+		return err
+	}
+	if err := t.LinkTo(path); err != nil {
+		return err
+	}
+	fi, err := os.Stat(path)
+	if err == nil && fi.Size() != s.declared {
+		err = fmt.Errorf("the transfer of %s has %d bytes, not %d: %w", s.named, fi.Size(), s.declared, errdefs.ErrDataLoss)
+	}
+	if err == nil {
+		err = s.store.place(s.ing, s.named, path, s.declared)
+	}
+	if err != nil {
+		return errors.Join(err, removeFile(path))
+	}
+	if err := errors.Join(s.closeData(), removeFile(s.ing.path(dataFile))); err != nil {
+		return err
+	}
+	s.ing.digester = nil
+	s.ing.rehash(s.algorithm())
+	return s.store.settleFolder(s.named)
+}
+
+// salvage copies what a failed transfer has and the ingest has not, so that the
+// client asks the registry for the rest only.
+func (s *Session) salvage(ctx context.Context, t Transfer) error {
+	if s.ing.staged != "" || t.Frontier() <= s.ing.offset {
+		return nil
+	}
+	if err := s.catchUp(ctx); err != nil {
+		return err
+	}
+	w := &salvager{session: s, ctx: ctx, skip: s.ing.offset}
+	_, err := t.CopyTo(ctx, w)
+	if w.err != nil {
+		return w.err
+	}
+	if err != nil {
+		return s.alone(ctx, "the transfer failed again, the client goes on", err)
+	}
+	return nil
+}
+
+// salvager appends to a session what comes after the bytes it has. It lives for
+// the length of one CopyTo, whose ctx it carries.
+type salvager struct {
+	session *Session
+	ctx     context.Context //nolint:containedctx // io.Writer has no place for it
+	skip    int64
+	err     error // of the own disk
+}
+
+func (w *salvager) Write(p []byte) (int, error) {
+	skipped := int(min(w.skip, int64(len(p))))
+	w.skip -= int64(skipped)
+	rest := p[skipped:]
+	if room := w.session.ing.total - w.session.ing.offset; int64(len(rest)) > room {
+		return skipped, fmt.Errorf("the transfer of %s has more than %d bytes: %w",
+			w.session.named, w.session.ing.total, errdefs.ErrDataLoss)
+	}
+	if len(rest) == 0 {
+		return skipped, nil
+	}
+	n, err := w.session.append(w.ctx, rest)
+	w.err = err
+	return skipped + n, err
+}

@@ -1,0 +1,385 @@
+package transfer
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/containerd/errdefs"
+	"golang.org/x/sys/unix"
+)
+
+// retryLater is what a registry's 429 becomes.
+type retryLater struct{ after time.Duration }
+
+func (e retryLater) Error() string             { return fmt.Sprintf("429, retry after %s", e.after) }
+func (e retryLater) RetryAfter() time.Duration { return e.after }
+func (e retryLater) Unwrap() error             { return errdefs.ErrUnavailable }
+
+var errReset = fmt.Errorf("connection reset: %w", errdefs.ErrUnavailable)
+
+// TestOneHost has a single host misbehave in ways that a transfer survives. The clock is virtual.
+func TestOneHost(t *testing.T) {
+	t.Parallel()
+	for _, tc := range []struct {
+		name  string
+		reply func(ctx context.Context, call int, off, n int64) (fakeReply, error)
+		sent  int64 // most bytes, above the blob's
+		took  time.Duration
+	}{
+		{"short bodies", func(_ context.Context, _ int, off, n int64) (fakeReply, error) {
+			return fakeReply{off: off, n: max(1, n/3), cut: max(1, n/3)}, nil
+		}, 0, 0},
+		{"cut in the middle", func(_ context.Context, _ int, _, _ int64) (fakeReply, error) {
+			return fakeReply{cut: 700_001}, nil
+		}, 0, 0},
+		{"reset in the middle", func(_ context.Context, _ int, _, _ int64) (fakeReply, error) {
+			return fakeReply{cut: 300_001, err: errReset}, nil
+		}, 0, 0},
+		{"every other request fails", func(_ context.Context, call int, _, _ int64) (fakeReply, error) {
+			if call%2 == 0 {
+				return fakeReply{}, errReset
+			}
+			return fakeReply{}, nil
+		}, 0, time.Minute},
+		{"ranges ignored", func(context.Context, int, int64, int64) (fakeReply, error) {
+			return fakeReply{whole: true}, nil
+		}, 0, 0},
+		{"ranges ignored, no length", func(context.Context, int, int64, int64) (fakeReply, error) {
+			return fakeReply{whole: true, off: 0, n: -1}, nil
+		}, 0, 0},
+		{"ranges ignored and cut once", func(_ context.Context, call int, _, _ int64) (fakeReply, error) {
+			if call == 1 {
+				return fakeReply{whole: true, cut: 3<<20 + 77}, nil
+			}
+			return fakeReply{whole: true}, nil
+		}, 3<<20 + 77, time.Second},
+		{"ranges ignored later on", func(_ context.Context, call int, _, _ int64) (fakeReply, error) {
+			return fakeReply{whole: call > 4}, nil
+		}, 8 << 20, time.Second},
+		{"retry after", func(_ context.Context, call int, _, _ int64) (fakeReply, error) {
+			if call == 3 {
+				return fakeReply{}, retryLater{40 * time.Second}
+			}
+			return fakeReply{latency: 100 * time.Millisecond}, nil
+		}, 0, time.Minute},
+		{"a stalled connection", func(_ context.Context, call int, _, _ int64) (fakeReply, error) {
+			if call == 3 {
+				return fakeReply{cut: 10, stall: true}, nil
+			}
+			return fakeReply{latency: 10 * time.Millisecond}, nil
+		}, 0, 17 * time.Second},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			t.Parallel()
+			synctest.Test(t, func(t *testing.T) {
+				data, b := randomBlob(1, 8<<20+999)
+				src := &fakeSource{host: "a", data: data, reply: tc.reply}
+				m := newManager(t, t.TempDir(), Options{ChunkSize: 1 << 20})
+				start := time.Now()
+				h := join(t, m, b, src)
+				got, err := readAll(t, h)
+				if err != nil || !bytes.Equal(got, data) {
+					t.Fatalf("read %d bytes, %v", len(got), err)
+				}
+				if _, sent := src.stats(); sent > b.Size+tc.sent {
+					t.Errorf("sent %d bytes, want at most %d + %d", sent, b.Size, tc.sent)
+				}
+				if took := time.Since(start); took > tc.took {
+					t.Errorf("took %s, want at most %s", took, tc.took)
+				}
+			})
+		})
+	}
+}
+
+// TestGivesUp shows when and how a transfer ends that cannot be completed.
+func TestGivesUp(t *testing.T) {
+	t.Parallel()
+	refuse := func(err error) func(context.Context, int, int64, int64) (fakeReply, error) {
+		return func(context.Context, int, int64, int64) (fakeReply, error) { return fakeReply{}, err }
+	}
+	half := func(after error) func(context.Context, int, int64, int64) (fakeReply, error) {
+		return func(_ context.Context, call int, _, _ int64) (fakeReply, error) {
+			if call > 4 {
+				return fakeReply{}, after
+			}
+			return fakeReply{}, nil
+		}
+	}
+	for _, tc := range []struct {
+		name     string
+		reply    func(context.Context, int, int64, int64) (fakeReply, error)
+		is       error
+		says     string
+		from, to time.Duration
+		frontier int64
+	}{
+		{"not found", refuse(errdefs.ErrNotFound), errdefs.ErrNotFound, "host a, attempt 1", 0, 0, 0},
+		{"unauthenticated", refuse(errdefs.ErrUnauthenticated), errdefs.ErrUnauthenticated, "host a", 0, 0, 0},
+		{"forbidden half-way", half(errdefs.ErrPermissionDenied), errdefs.ErrPermissionDenied, "host a", 0, 0, 4 << 20},
+		{"unreachable", refuse(errReset), errdefs.ErrUnavailable, "connection reset", 5 * time.Second, 5 * time.Second, 0},
+		{"silent", func(ctx context.Context, _ int, _, _ int64) (fakeReply, error) {
+			<-ctx.Done()
+			return fakeReply{}, context.Cause(ctx)
+		}, errdefs.ErrUnavailable, "host a, attempt 1: no reply", 5 * time.Second, 5 * time.Second, 0},
+		{"dies half-way", half(errReset), errdefs.ErrUnavailable, "no progress for 2m0s, 4194304 of 8389607 bytes are there", 2 * time.Minute, 2*time.Minute + time.Second, 4 << 20},
+		{"another place", func(_ context.Context, _ int, off, n int64) (fakeReply, error) {
+			return fakeReply{off: off + 1, n: n}, nil
+		}, errdefs.ErrFailedPrecondition, "asked for 1048576 bytes from 0", 0, 0, 0},
+		{"more than asked for", func(_ context.Context, _ int, off, n int64) (fakeReply, error) {
+			return fakeReply{off: off, n: n + 1}, nil
+		}, errdefs.ErrFailedPrecondition, "the reply says 1048577", 0, 0, 0},
+		{"whole, always cut at the same place", func(context.Context, int, int64, int64) (fakeReply, error) {
+			return fakeReply{whole: true, cut: 1 << 20}, nil
+		}, errdefs.ErrUnavailable, "ended the reply early", 0, 10 * time.Second, 1 << 20},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			t.Parallel()
+			synctest.Test(t, func(t *testing.T) {
+				data, b := randomBlob(2, 8<<20+999)
+				src := &fakeSource{host: "a", data: data, reply: tc.reply}
+				m := newManager(t, t.TempDir(), Options{ChunkSize: 1 << 20, ConnectionsPerHost: 1})
+				start := time.Now()
+				h := join(t, m, b, src)
+				err := h.Wait(t.Context())
+				if !errors.Is(err, tc.is) || !strings.Contains(err.Error(), tc.says) || !strings.Contains(err.Error(), b.Digest.String()) {
+					t.Errorf("got %v, want %v saying %q", err, tc.is, tc.says)
+				}
+				if took := time.Since(start); took < tc.from || took > tc.to {
+					t.Errorf("took %s, want %s to %s", took, tc.from, tc.to)
+				}
+				partlyThere(t, h, data, tc.frontier)
+				if l := m.List(); len(l) != 1 || l[0].Phase != PhaseFailed || l[0].Frontier != tc.frontier {
+					t.Errorf("list: %+v", l)
+				}
+				// It goes on from there with a better host.
+				good := &fakeSource{host: "b", data: data}
+				again := join(t, m, b, good)
+				wait(t, again)
+				if _, sent := good.stats(); sent != b.Size-tc.frontier {
+					t.Errorf("the second transfer fetched %d bytes, want %d", sent, b.Size-tc.frontier)
+				}
+				partlyThere(t, h, data, tc.frontier)
+			})
+		})
+	}
+}
+
+// partlyThere wants the contiguous part of a failed transfer to be readable and nothing else.
+func partlyThere(t *testing.T, h *Handle, data []byte, frontier int64) {
+	t.Helper()
+	if h.Frontier() != frontier {
+		t.Errorf("frontier %d, want %d", h.Frontier(), frontier)
+	}
+	var w bytes.Buffer
+	if n, err := h.CopyTo(t.Context(), &w); n != frontier || err != nil || !bytes.Equal(w.Bytes(), data[:frontier]) {
+		t.Errorf("copied %d bytes, %v; want %d", n, err, frontier)
+	}
+	got, err := readAll(t, h)
+	if int64(len(got)) != frontier || err == nil || !errors.Is(err, h.Wait(t.Context())) {
+		t.Errorf("read %d bytes, %v; want %d and the transfer's error", len(got), err, frontier)
+	}
+}
+
+func TestFailover(t *testing.T) {
+	t.Parallel()
+	silent := func(ctx context.Context, _ int, _, _ int64) (fakeReply, error) {
+		<-ctx.Done()
+		return fakeReply{}, context.Cause(ctx)
+	}
+	for _, tc := range []struct {
+		name  string
+		first func(context.Context, int, int64, int64) (fakeReply, error)
+		took  time.Duration
+	}{
+		{"not found", func(context.Context, int, int64, int64) (fakeReply, error) { return fakeReply{}, errdefs.ErrNotFound }, 0},
+		{"unreachable", func(context.Context, int, int64, int64) (fakeReply, error) { return fakeReply{}, errReset }, time.Second},
+		{"silent", silent, 3 * time.Second},
+		{"lies about the place", func(context.Context, int, int64, int64) (fakeReply, error) { return fakeReply{off: 5, n: 5}, nil }, 0},
+		{"throttles", func(context.Context, int, int64, int64) (fakeReply, error) { return fakeReply{}, retryLater{time.Hour} }, 0},
+		{"dies half-way", func(ctx context.Context, call int, off, n int64) (fakeReply, error) {
+			if call > 3 {
+				return silent(ctx, call, off, n)
+			}
+			return fakeReply{}, nil
+		}, 16 * time.Second},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			t.Parallel()
+			synctest.Test(t, func(t *testing.T) {
+				data, b := randomBlob(3, 8<<20)
+				one := &fakeSource{host: "mirror", data: data, reply: tc.first}
+				two := &fakeSource{host: "origin", data: data}
+				m := newManager(t, t.TempDir(), Options{ChunkSize: 1 << 20})
+				start := time.Now()
+				wait(t, join(t, m, b, one, two))
+				if took := time.Since(start); took > tc.took {
+					t.Errorf("took %s, want at most %s", took, tc.took)
+				}
+				_, sent1 := one.stats()
+				_, sent2 := two.stats()
+				if sent1+sent2 != b.Size {
+					t.Errorf("sent %d + %d, want %d", sent1, sent2, b.Size)
+				}
+			})
+		})
+	}
+}
+
+// TestLaterSource has a second waiter save a transfer whose only host is dead.
+func TestLaterSource(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		data, b := randomBlob(3, 8<<20)
+		m := newManager(t, t.TempDir(), Options{})
+		h := join(t, m, b, &fakeSource{host: "a", reply: func(context.Context, int, int64, int64) (fakeReply, error) {
+			return fakeReply{}, errReset
+		}})
+		time.Sleep(4 * time.Second)
+		join(t, m, b, &fakeSource{host: "b", data: data})
+		wait(t, h)
+	})
+}
+
+func TestMismatch(t *testing.T) {
+	t.Parallel()
+	flip := func(first, last int) func(context.Context, int, int64, int64) (fakeReply, error) {
+		return func(_ context.Context, call int, _, _ int64) (fakeReply, error) {
+			return fakeReply{flip: call >= first && call <= last}, nil
+		}
+	}
+	type mirror struct {
+		host  string
+		reply func(context.Context, int, int64, int64) (fakeReply, error)
+	}
+	for _, tc := range []struct {
+		name string
+		from []mirror
+		good bool
+		says []string
+	}{
+		{"one host, wrong once", []mirror{{"a", flip(2, 2)}}, true, nil},
+		{"one host, always wrong", []mirror{{"a", flip(1, 1000)}}, false, []string{"digest mismatch: a sent"}},
+		{"first wrong, second good", []mirror{{"a", flip(1, 1000)}, {"b", nil}}, true, nil},
+		{"both wrong", []mirror{{"a", flip(1, 1000)}, {"b", flip(1, 1000)}}, false, []string{"a sent", "b sent"}},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			t.Parallel()
+			data, b := randomBlob(4, 4<<20)
+			var srcs []Source
+			for _, f := range tc.from {
+				srcs = append(srcs, &fakeSource{host: f.host, data: data, reply: f.reply})
+			}
+			m := newManager(t, t.TempDir(), Options{ChunkSize: 1 << 20})
+			h, other := join(t, m, b, srcs...), join(t, m, b)
+			var got []byte
+			var err error
+			restarts := 0
+			for got, err = readAll(t, h); errors.Is(err, ErrRestarted); got, err = readAll(t, h) {
+				restarts++
+			}
+			if tc.good {
+				if err != nil || !bytes.Equal(got, data) {
+					t.Errorf("read %d bytes, %v", len(got), err)
+				}
+				wait(t, h)
+				wait(t, other) // has read nothing wrong
+				return
+			}
+			for _, want := range append(tc.says, b.Digest.String()) {
+				if err == nil || !strings.Contains(err.Error(), want) {
+					t.Errorf("got %v, want it to say %q", err, want)
+				}
+			}
+			if err := other.Wait(t.Context()); !errdefs.IsDataLoss(err) {
+				t.Errorf("got %v, want data loss", err)
+			}
+			if _, err := os.Stat(dataPath(m, b)); !os.IsNotExist(err) {
+				t.Errorf("the data was not dropped: %v", err)
+			}
+			if n, err := other.CopyTo(t.Context(), new(bytes.Buffer)); n != 0 {
+				t.Errorf("copied %d wrong bytes, %v", n, err)
+			}
+		})
+	}
+}
+
+// TestRestartIsNoticed has a reader read all but the end before the mismatch is found.
+func TestRestartIsNoticed(t *testing.T) {
+	t.Parallel()
+	data, b := randomBlob(5, 4<<20)
+	hold := make(chan struct{})
+	src := &fakeSource{host: "a", data: data}
+	src.reply = func(_ context.Context, call int, _, _ int64) (fakeReply, error) {
+		if call == 4 {
+			<-hold
+		}
+		return fakeReply{flip: call == 1}, nil
+	}
+	m := newManager(t, t.TempDir(), Options{ChunkSize: 1 << 20, ConnectionsPerHost: 1})
+	h := join(t, m, b, src)
+	buf := make([]byte, 10)
+	if _, err := h.ReadAt(t.Context(), buf, 2<<20); err != nil {
+		t.Fatal(err)
+	}
+	close(hold)
+	if err := h.Wait(t.Context()); !errors.Is(err, ErrRestarted) {
+		t.Errorf("wait: %v, want ErrRestarted", err)
+	}
+	for range 2 {
+		if _, err := h.ReadAt(t.Context(), buf, 2<<20); !errors.Is(err, ErrRestarted) {
+			t.Errorf("read: %v, want ErrRestarted", err)
+		}
+	}
+	if got, err := readAll(t, h); err != nil || !bytes.Equal(got, data) {
+		t.Errorf("read again: %d bytes, %v", len(got), err)
+	}
+	wait(t, h)
+}
+
+func TestFullDisk(t *testing.T) {
+	t.Parallel()
+	root := t.TempDir()
+	if err := unix.Mount("tmpfs", root, "tmpfs", 0, "size=2m"); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := unix.Unmount(root, unix.MNT_DETACH); err != nil {
+			t.Error(err)
+		}
+	})
+	data, b := randomBlob(6, 4<<20)
+	src := &fakeSource{host: "a", data: data}
+	m := newManager(t, root, Options{ChunkSize: 1 << 20, ConnectionsPerHost: 1})
+	h := join(t, m, b, src)
+	err := h.Wait(t.Context())
+	if !errors.Is(err, syscall.ENOSPC) || !strings.Contains(err.Error(), "no space left") {
+		t.Fatalf("got %v, want ENOSPC said plainly", err)
+	}
+	if h.Frontier() < 1<<20 {
+		t.Errorf("frontier %d", h.Frontier())
+	}
+	if err := unix.Mount("tmpfs", root, "tmpfs", unix.MS_REMOUNT, "size=16m"); err != nil {
+		t.Fatal(err)
+	}
+	_, before := src.stats()
+	again := join(t, m, b, src)
+	wait(t, again)
+	if _, sent := src.stats(); sent-before >= b.Size {
+		t.Errorf("fetched everything again: %d", sent-before)
+	}
+	if err := again.LinkTo(filepath.Join(t.TempDir(), "x")); !errors.Is(err, syscall.EXDEV) {
+		t.Errorf("link to another file system: %v", err)
+	}
+	_ = again.Close()
+	_ = h.Close()
+}

@@ -1,0 +1,504 @@
+package transfer
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"hash/crc32"
+	"io"
+	"math"
+	"time"
+
+	"github.com/containerd/errdefs"
+	"github.com/containerd/log"
+	"golang.org/x/sync/errgroup"
+)
+
+// errNoSource: nobody is left to ask.
+var errNoSource = errors.New("no host serves the blob")
+
+// errStalled ends a connection that brings nothing.
+var errStalled = fmt.Errorf("connection brought nothing for too long: %w", errdefs.ErrUnavailable)
+
+// receive fetches all that is missing. It returns early when no progress is made.
+func (j *job) receive(ctx context.Context, recorded []*check) error {
+	if j.blob.Size == 0 {
+		return nil
+	}
+	ctx, stop := context.WithCancelCause(ctx)
+	defer stop(nil)
+	watched := make(chan struct{})
+	go func() {
+		defer close(watched)
+		j.watch(ctx, stop)
+	}()
+	g, gctx := errgroup.WithContext(ctx)
+	g.Go(func() error { return j.recheck(gctx, recorded) })
+	for range j.workers() {
+		g.Go(func() error { return j.worker(gctx) })
+	}
+	err := g.Wait()
+	stop(err)
+	<-watched
+	return err
+}
+
+// workers is how many connections the blob may use at once: one for a blob of one chunk.
+func (j *job) workers() int {
+	chunks := (j.blob.Size + j.chunk() - 1) / j.chunk()
+	return int(min(int64(j.opts.ConnectionsPerHost), chunks))
+}
+
+const (
+	chunkMin     = 1 << 20
+	chunkDefault = 8 << 20
+)
+
+// chunk is how much one request asks for, in bytes.
+func (j *job) chunk() int64 {
+	if j.opts.ChunkSize > 0 {
+		return j.opts.ChunkSize
+	}
+	// A few chunks for each connection, so that they end together.
+	share := j.blob.Size / int64(4*j.opts.ConnectionsPerHost)
+	return min(max(blockEnd(share), chunkMin), chunkDefault)
+}
+
+// runAhead is how far beyond the frontier a chunk may start, in bytes.
+func (j *job) runAhead() int64 { return 4 * int64(j.opts.ConnectionsPerHost) * j.chunk() }
+
+// worker fetches chunk after chunk until nothing is missing.
+func (j *job) worker(ctx context.Context) error {
+	buf := make([]byte, blockSize)
+	for {
+		src, err := j.next(ctx)
+		if src == nil || err != nil {
+			return err
+		}
+		if err := j.connection(ctx, src, buf); err != nil {
+			return err
+		}
+	}
+}
+
+// next waits until there is a chunk to fetch and a source to ask; nil when everything is there.
+func (j *job) next(ctx context.Context) (*source, error) {
+	for {
+		j.mu.Lock()
+		src, wait, err := j.pick()
+		done, changed := j.ledger.done(), j.changed
+		j.mu.Unlock()
+		if done || src != nil || err != nil {
+			return src, err
+		}
+		timer := time.NewTimer(wait)
+		select {
+		case <-changed:
+		case <-timer.C:
+		case <-ctx.Done():
+			timer.Stop()
+			return nil, context.Cause(ctx)
+		}
+		timer.Stop()
+	}
+}
+
+// pick chooses the source of the next request: the first that may be asked now. Otherwise it says how long to wait
+// unless something changes. Called with mu held.
+func (j *job) pick() (*source, time.Duration, error) {
+	if len(j.ledger.gaps) == 0 || j.ledger.gaps[0].off >= j.frontier+j.runAhead() {
+		return nil, math.MaxInt64, nil
+	}
+	now, wait, alive := time.Now(), time.Duration(math.MaxInt64), false
+	for _, s := range j.sources {
+		if !j.usable(s) {
+			continue
+		}
+		alive = true
+		switch h := s.host; {
+		case h.until.After(now):
+			wait = min(wait, h.until.Sub(now))
+		case h.ranges == rangesUnknown && h.conns > 0:
+			return nil, wait, nil // its first reply says how to go on
+		case h.ranges == rangesNo && h.conns > 0:
+		default:
+			return s, 0, nil
+		}
+	}
+	if !alive && len(j.ledger.live) == 0 {
+		j.doomed = j.only == ""
+		return nil, 0, j.noSource()
+	}
+	return nil, wait, nil
+}
+
+func (j *job) usable(s *source) bool {
+	return s.gone == nil && (j.only == "" || j.only == s.host.name)
+}
+
+// noSource says why nobody is left. Called with mu held.
+func (j *job) noSource() error {
+	var gone []error
+	for _, s := range j.sources {
+		if s.gone != nil && (j.only == "" || j.only == s.host.name) {
+			gone = append(gone, s.gone)
+		}
+	}
+	if len(gone) == 0 {
+		return fmt.Errorf("%w: no source was given: %w", errNoSource, errdefs.ErrNotFound)
+	}
+	return fmt.Errorf("%w: %w", errNoSource, oneLine(gone))
+}
+
+// connection makes one request of a source and stores what it brings. Only what ends the whole transfer is an error.
+func (j *job) connection(ctx context.Context, src *source, buf []byte) error {
+	host := src.host.name
+	j.count(&j.queued, 1)
+	err := j.shared.conns.acquire(ctx, host, j)
+	j.count(&j.queued, -1)
+	if err != nil {
+		return err
+	}
+	defer j.shared.conns.release(host, j)
+	s := j.begin(src)
+	if s == nil {
+		return nil
+	}
+	got, err := j.exchange(ctx, src, s, buf)
+	return j.end(ctx, src, s, got, err)
+}
+
+func (j *job) count(n *int, d int) {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	*n += d
+}
+
+// begin claims a chunk for a source; nil if there is none any more or the source may not be asked now.
+func (j *job) begin(src *source) *span {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	h := src.host
+	if !j.usable(src) || h.until.After(time.Now()) || (h.ranges != rangesYes && h.conns > 0) {
+		return nil
+	}
+	s := j.ledger.claim(j.chunk(), j.frontier+j.runAhead())
+	if s == nil {
+		return nil
+	}
+	h.conns++
+	h.attempts++
+	j.open++
+	if j.phase == PhaseLock {
+		j.phase = PhaseWaiting
+	}
+	return s
+}
+
+// end gives back what the connection did not bring and judges the source.
+func (j *job) end(ctx context.Context, src *source, s *span, got int64, err error) error {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	defer j.wake()
+	j.ledger.release(s)
+	src.host.conns--
+	j.open--
+	var local *localError
+	if errors.As(err, &local) {
+		return diskError(j.folder.path, local.err)
+	}
+	if ctx.Err() != nil {
+		return context.Cause(ctx)
+	}
+	if err == nil {
+		src.host.fails = 0
+		return nil
+	}
+	j.lastErr = src.failed(got, err)
+	l := log.G(ctx).WithField("digest", j.blob.Digest).WithField("host", src.host.name).WithError(j.lastErr)
+	if src.gone != nil {
+		l.Info("host is not asked for this blob any more")
+	} else {
+		l.Debug("connection failed, trying again")
+	}
+	return nil
+}
+
+// localError is trouble on our side, which no other host will cure.
+type localError struct{ err error }
+
+func (e *localError) Error() string { return e.err.Error() }
+func (e *localError) Unwrap() error { return e.err }
+
+// exchange sends one request and stores the reply. got counts bytes that were missing before.
+func (j *job) exchange(ctx context.Context, src *source, s *span, buf []byte) (got int64, err error) {
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	timer := time.AfterFunc(j.patience(src), func() { cancel(errStalled) })
+	defer timer.Stop()
+	defer func() {
+		if err != nil && errors.Is(context.Cause(ctx), errStalled) {
+			err = errStalled
+		}
+	}()
+	off, n := s.off, s.end-s.off
+	body, err := src.Open(ctx, off, n)
+	if err != nil {
+		return 0, err
+	}
+	defer body.Close()
+	in := &reader{job: j, host: src.host, body: body, timer: timer, patience: j.opts.Stall}
+	switch {
+	case body.Off == off && body.N > 0 && body.N <= n:
+		j.learn(src.host, rangesYes, n < j.blob.Size)
+		return j.store(in, s, min(s.end, off+body.N), buf)
+	case body.Off == 0 && (body.N < 0 || body.N == j.blob.Size):
+		if !j.learn(src.host, rangesNo, n < j.blob.Size) {
+			return 0, nil // another stream of this host is on its way
+		}
+		return j.plain(in, s, buf)
+	}
+	return 0, fmt.Errorf("asked for %d bytes from %d, the reply says %d from %d: %w", n, off, body.N, body.Off, errdefs.ErrFailedPrecondition)
+}
+
+// learn notes whether a host honours ranges; false if it does not and one stream of it runs already.
+func (j *job) learn(h *host, r ranges, sure bool) bool {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	if !sure || h.ranges == r {
+		return r != rangesNo || h.conns == 1
+	}
+	j.shared.learnRanges(h.name, r == rangesYes)
+	first := r == rangesYes || h.ranges != rangesNo
+	h.ranges = r
+	j.wake()
+	return first
+}
+
+// patience is how long a source may take until its first byte: short when there is another host to try and this one
+// never brought anything.
+func (j *job) patience(src *source) time.Duration {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	if src.host.received > 0 {
+		return j.opts.Stall
+	}
+	names := map[string]bool{src.host.name: true}
+	for _, s := range j.sources {
+		if j.usable(s) {
+			names[s.host.name] = true
+		}
+	}
+	if len(names) == 1 {
+		return j.opts.Stall
+	}
+	short := j.opts.FirstContact / time.Duration(len(names))
+	return min(j.opts.Stall, short<<min(src.host.fails, 8))
+}
+
+// reader reads a body and notes that something moves.
+type reader struct {
+	job      *job
+	host     *host
+	body     io.Reader
+	timer    *time.Timer
+	patience time.Duration
+}
+
+// fill reads until p is full or the body ends.
+func (r *reader) fill(p []byte) (n int, err error) {
+	for n < len(p) && err == nil {
+		var m int
+		m, err = r.body.Read(p[n:])
+		if m > 0 {
+			n += m
+			r.timer.Reset(r.patience)
+			r.job.arrive(r.host, int64(m))
+		}
+	}
+	if n == len(p) {
+		return n, nil
+	}
+	return n, err
+}
+
+// arrive counts bytes from the network.
+func (j *job) arrive(h *host, n int64) {
+	j.touch()
+	j.received.Add(n)
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	h.received += n
+	j.rate.add(n)
+	if j.firstByte.IsZero() {
+		j.firstByte = time.Now()
+	}
+	if j.phase == PhaseWaiting || j.phase == PhaseLock {
+		j.phase = PhaseFetching
+	}
+}
+
+// store writes the span up to end from a body that starts at the span's start.
+func (j *job) store(in *reader, s *span, end int64, buf []byte) (got int64, err error) {
+	for s.off < end {
+		want := min(blockEnd(s.off), end) - s.off
+		n, err := in.fill(buf[:want])
+		if n > 0 {
+			if err := j.landed(in.host, s, buf[:n]); err != nil {
+				return got, err
+			}
+			got += int64(n)
+		}
+		if err != nil {
+			return got, unexpected(err)
+		}
+	}
+	return got, nil
+}
+
+// plain stores what is missing from a body that holds the whole blob, whoever may have fetched parts of it.
+// The host's only request was for s, which goes back first.
+func (j *job) plain(in *reader, s *span, buf []byte) (got int64, err error) {
+	j.mu.Lock()
+	j.ledger.release(s)
+	j.mu.Unlock()
+	for pos := int64(0); pos < j.blob.Size; pos = blockEnd(pos) {
+		end := min(blockEnd(pos), j.blob.Size)
+		n, readErr := in.fill(buf[:end-pos])
+		m, err := j.fillIn(in.host, pos, buf[:n])
+		got += m
+		if err != nil {
+			return got, err
+		}
+		if readErr != nil {
+			return got, unexpected(readErr)
+		}
+	}
+	return got, nil
+}
+
+// fillIn stores those bytes of p, which belong at off, that are missing and that nobody fetches.
+func (j *job) fillIn(h *host, off int64, p []byte) (int64, error) {
+	end := off + int64(len(p))
+	j.mu.Lock()
+	s := j.ledger.take(off, end)
+	j.mu.Unlock()
+	if s == nil {
+		return 0, nil
+	}
+	defer func() {
+		j.mu.Lock()
+		defer j.mu.Unlock()
+		j.ledger.release(s)
+	}()
+	n := s.end - s.off
+	return n, j.landed(h, s, p[s.off-off:s.end-off])
+}
+
+func unexpected(err error) error {
+	if errors.Is(err, io.EOF) {
+		return fmt.Errorf("the host ended the reply early: %w: %w", io.ErrUnexpectedEOF, errdefs.ErrUnavailable)
+	}
+	return err
+}
+
+// landed writes bytes that follow the start of a live span, all within one block, and records the block when it is full.
+func (j *job) landed(h *host, s *span, p []byte) error {
+	f := j.folder
+	if _, err := f.data.WriteAt(p, s.off); err != nil {
+		return &localError{err}
+	}
+	crc := crc32.Update(s.crc, castagnoli, p)
+	start, end := s.off/blockSize*blockSize, s.off+int64(len(p))
+	if end == min(start+blockSize, j.blob.Size) {
+		if err := f.record(uint32(start/blockSize), end-start, crc); err != nil {
+			return &localError{err}
+		}
+		crc = 0
+	}
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	if h != nil {
+		h.served, h.fails = true, 0
+	}
+	j.ledger.landed(s, end, crc)
+	j.advance()
+	return nil
+}
+
+// advance moves the frontier. Called with mu held.
+func (j *job) advance() {
+	if f := j.ledger.frontier(); f != j.frontier || j.ledger.done() {
+		j.frontier = f
+		j.wake()
+	}
+}
+
+// watch ends the transfer when nothing moves for too long. Time spent only queueing for a connection does not count:
+// it is not the host's fault.
+func (j *job) watch(ctx context.Context, stop context.CancelCauseFunc) {
+	for {
+		limit := j.opts.GiveUp
+		if j.received.Load() == 0 {
+			limit = min(limit, j.opts.FirstContact)
+		}
+		idle := time.Since(time.Unix(0, j.progress.Load()))
+		if idle >= limit {
+			stop(j.stuck(limit))
+			return
+		}
+		tick := min(limit-idle, max(limit/10, time.Millisecond))
+		if sleep(ctx, tick) != nil {
+			return
+		}
+		if j.queueing() {
+			j.progress.Add(int64(tick))
+		}
+	}
+}
+
+func (j *job) queueing() bool {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	return j.open == 0 && j.queued > 0
+}
+
+// stuck decides that the transfer ends for lack of progress, and says why.
+func (j *job) stuck(limit time.Duration) error {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	j.doomed = true
+	last := j.lastErr
+	if last == nil {
+		last = fmt.Errorf("%s: no reply", j.asked())
+	}
+	return fmt.Errorf("no progress for %s, %d of %d bytes are there: %w: %w",
+		limit, j.ledger.there(), j.blob.Size, errdefs.ErrUnavailable, last)
+}
+
+// asked names the hosts and how often they were asked. Called with mu held.
+func (j *job) asked() string {
+	text := "no host"
+	for i, s := range j.sources {
+		if i == 0 {
+			text = ""
+		} else {
+			text += ", "
+		}
+		text += fmt.Sprintf("host %s, attempt %d", s.host.name, s.host.attempts)
+	}
+	return text
+}
+
+// oneLine joins errors for people; errors.Is finds each of them.
+func oneLine(errs []error) error {
+	var all error
+	for _, e := range errs {
+		if all == nil {
+			all = e
+		} else {
+			all = fmt.Errorf("%w; %w", all, e)
+		}
+	}
+	return all
+}

@@ -1,0 +1,337 @@
+package transfer
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/containerd/errdefs"
+	"github.com/containerd/log"
+	"github.com/opencontainers/go-digest"
+)
+
+// Blob is what is wanted. The size must be known and true: it is part of a transfer's identity.
+type Blob struct {
+	Digest digest.Digest
+	Size   int64
+}
+
+// Options of a Manager. Zero means default.
+type Options struct {
+	// ChunkSize is how many bytes one request asks for, rounded to blocks of 256 KiB. Default: by the blob's size, 1 to 8 MiB.
+	ChunkSize int64
+	// ConnectionsPerHost bounds the requests under way to one host, over all transfers. Default 8.
+	ConnectionsPerHost int
+	// MaxTransfers bounds the transfers that run at once; more wait in the order of their arrival. Default 16.
+	MaxTransfers int
+	// GiveUp ends a transfer that makes no progress for so long. Default 2m.
+	GiveUp time.Duration
+	// FirstContact does so while no byte was ever received. Default 5s.
+	FirstContact time.Duration
+	// Stall ends a connection that brings nothing for so long; its chunk is asked for again. Default 15s.
+	Stall time.Duration
+	// KeepPartial is for how long Sweep leaves partial and unused transfers alone. Default 24h.
+	KeepPartial time.Duration
+	// Grace is for how long a transfer goes on when its last waiter has left. Default 30s.
+	Grace time.Duration
+}
+
+func (o Options) withDefaults() (Options, error) {
+	if o.ChunkSize < 0 || o.ConnectionsPerHost < 0 || o.MaxTransfers < 0 || min(o.GiveUp, o.FirstContact, o.Stall, o.KeepPartial, o.Grace) < 0 {
+		return o, fmt.Errorf("transfer options must not be negative: %+v: %w", o, errdefs.ErrInvalidArgument)
+	}
+	if o.ChunkSize > 0 {
+		o.ChunkSize = blockEnd(o.ChunkSize - 1)
+	}
+	o.ConnectionsPerHost = cmp.Or(o.ConnectionsPerHost, 8)
+	o.MaxTransfers = cmp.Or(o.MaxTransfers, 16)
+	o.GiveUp = cmp.Or(o.GiveUp, 2*time.Minute)
+	o.FirstContact = cmp.Or(o.FirstContact, 5*time.Second)
+	o.Stall = cmp.Or(o.Stall, 15*time.Second)
+	o.KeepPartial = cmp.Or(o.KeepPartial, 24*time.Hour)
+	o.Grace = cmp.Or(o.Grace, 30*time.Second)
+	return o, nil
+}
+
+// Phase says what a transfer does.
+type Phase string
+
+// The phases of a transfer.
+const (
+	PhaseWaiting   Phase = "waiting"   // for its turn or for the first byte
+	PhaseLock      Phase = "lock"      // another process fetches the blob
+	PhaseFetching  Phase = "fetching"  // bytes arrive
+	PhaseVerifying Phase = "verifying" // all bytes are there; hashing and fsync
+	PhaseComplete  Phase = "complete"
+	PhaseFailed    Phase = "failed" // what was fetched is kept
+)
+
+// Status is a transfer as `gantry status` shows it. Sizes in bytes, Rate in bytes a second.
+type Status struct {
+	Digest   digest.Digest
+	Size     int64
+	Frontier int64 // the first missing byte
+	Received int64 // bytes that are there, in order or not
+	Rate     float64
+	Phase    Phase
+	Hosts    []string // in the order in which they are asked
+	Waiters  int
+	Started  time.Time
+	Err      error // why it failed, or what went wrong last
+}
+
+// Failed transfers that List remembers.
+const maxFailed = 64
+
+// Manager runs the transfers under one root. Safe for concurrent use; other managers, in this process or others, may
+// use the same root.
+type Manager struct {
+	root   string
+	opts   Options
+	shared *shared
+	wg     sync.WaitGroup
+
+	mu     sync.Mutex // taken before job.mu
+	closed bool
+	jobs   map[Blob]*job
+	failed []Status // newest last
+}
+
+// New opens root, creating it if needed. Partial transfers in it are resumed when somebody joins them.
+func New(root string, o Options) (*Manager, error) {
+	o, err := o.withDefaults()
+	if err != nil {
+		return nil, err
+	}
+	root, err = filepath.Abs(root)
+	if err != nil {
+		return nil, err
+	}
+	if err := os.MkdirAll(filepath.Join(root, locksName), 0o700); err != nil {
+		return nil, fmt.Errorf("transfer root: %w", err)
+	}
+	return &Manager{
+		root: root,
+		opts: o,
+		jobs: map[Blob]*job{},
+		shared: &shared{
+			conns:   newLimiter(o.ConnectionsPerHost),
+			running: make(chan struct{}, o.MaxTransfers),
+			ranges:  map[string]bool{},
+			done:    map[string]stamp{},
+		},
+	}, nil
+}
+
+func folderPath(root, name string) string { return filepath.Join(root, name) }
+
+func (b Blob) validate() error {
+	if err := b.Digest.Validate(); err != nil {
+		return fmt.Errorf("digest %q: %w: %w", b.Digest, errdefs.ErrInvalidArgument, err)
+	}
+	if b.Digest.Algorithm() != digest.SHA256 {
+		return fmt.Errorf("blob %s: only sha256 is transferred: %w", b.Digest, errdefs.ErrNotImplemented)
+	}
+	if b.Size < 0 || b.Size > maxBlobSize {
+		return fmt.Errorf("blob %s: size %d: %w", b.Digest, b.Size, errdefs.ErrInvalidArgument)
+	}
+	return nil
+}
+
+// Join waits for a blob together with all who want it: it starts the transfer, or offers one under way more sources. It
+// never waits itself. ctx lends its values to the log and does not bound the transfer; Close of the Handle ends it.
+// Sources are asked in the order given. Without sources only what is on disk already can complete the blob.
+func (m *Manager) Join(ctx context.Context, b Blob, sources ...Source) (*Handle, error) {
+	if err := b.validate(); err != nil {
+		return nil, err
+	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.closed {
+		return nil, fmt.Errorf("blob %s: %w", b.Digest, errClosed)
+	}
+	j := m.jobs[b]
+	if j == nil || !j.addSources(sources) {
+		j = m.start(context.WithoutCancel(ctx), b, sources)
+	}
+	return m.handle(j), nil
+}
+
+// Lookup joins a transfer that runs, or one that is complete on disk (its data is verified before it counts).
+func (m *Manager) Lookup(d digest.Digest, size int64) (*Handle, bool) {
+	b := Blob{Digest: d, Size: size}
+	if b.validate() != nil {
+		return nil, false
+	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.closed {
+		return nil, false
+	}
+	j := m.jobs[b]
+	if j == nil || !j.addSources(nil) {
+		if !peekComplete(m.root, folderName(m.root, b)) {
+			return nil, false
+		}
+		j = m.start(context.Background(), b, nil)
+	}
+	return m.handle(j), true
+}
+
+// start runs a new job. Called with mu held.
+func (m *Manager) start(ctx context.Context, b Blob, sources []Source) *job {
+	j := newJob(m.root, b, m.opts, m.shared)
+	j.addSources(sources)
+	ctx, j.cancel = context.WithCancelCause(ctx)
+	m.jobs[b] = j
+	m.failed = slices.DeleteFunc(m.failed, func(s Status) bool { return s.Digest == b.Digest && s.Size == b.Size })
+	m.wg.Go(func() { m.run(ctx, j) })
+	return j
+}
+
+func (m *Manager) run(ctx context.Context, j *job) {
+	err := j.run(ctx)
+	j.cancel(nil)
+	j.finish(err)
+	l := log.G(ctx).WithField("digest", j.blob.Digest)
+	if err != nil {
+		l.WithError(err).Debug("transfer ended")
+	} else {
+		l.Debug("transfer complete")
+	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	j.ended = true
+	if err != nil {
+		m.drop(j)
+		if !errors.Is(err, errClosed) {
+			m.failed = append(m.failed, j.status())
+			m.failed = m.failed[max(0, len(m.failed)-maxFailed):]
+		}
+	}
+	if j.waiters == 0 {
+		m.retire(j)
+	}
+}
+
+// drop makes sure nobody joins a job any more. Called with mu held.
+func (m *Manager) drop(j *job) {
+	if m.jobs[j.blob] == j {
+		delete(m.jobs, j.blob)
+	}
+}
+
+// retire ends an ended job that nobody has a handle of. Called with mu held.
+func (m *Manager) retire(j *job) {
+	m.drop(j)
+	if j.grace != nil {
+		j.grace.Stop()
+	}
+	if err := j.retire(); err != nil {
+		log.L.WithField("digest", j.blob.Digest).WithError(err).Warn("closing a transfer")
+	}
+}
+
+// handle adds a waiter. Called with mu held.
+func (m *Manager) handle(j *job) *Handle {
+	j.waiters++
+	if j.grace != nil {
+		j.grace.Stop()
+		j.grace = nil
+	}
+	return &Handle{m: m, job: j, generation: j.currentGeneration()}
+}
+
+// leave removes a waiter.
+func (m *Manager) leave(j *job) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	j.waiters--
+	switch {
+	case j.waiters > 0:
+	case j.ended:
+		m.retire(j)
+	default:
+		j.grace = time.AfterFunc(m.opts.Grace, func() { m.abandon(j) })
+	}
+}
+
+// abandon stops a job that still has no waiter when its grace is over.
+func (m *Manager) abandon(j *job) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if j.waiters > 0 || j.ended {
+		return
+	}
+	m.drop(j)
+	j.doom()
+	j.cancel(errAbandoned)
+}
+
+// List shows the transfers under way, those complete that somebody still holds, and the last ones that failed.
+func (m *Manager) List() []Status {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	list := slices.Clone(m.failed)
+	for _, j := range m.jobs {
+		s := j.status()
+		s.Waiters = j.waiters
+		list = append(list, s)
+	}
+	slices.SortFunc(list, func(a, b Status) int {
+		return cmp.Or(a.Started.Compare(b.Started), cmp.Compare(a.Digest, b.Digest))
+	})
+	return list
+}
+
+func (j *job) status() Status {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	s := Status{
+		Digest: j.blob.Digest, Size: j.blob.Size,
+		Frontier: j.frontier, Received: j.blob.Size,
+		Phase: j.phase, Started: j.started,
+		Err: cmp.Or(j.err, j.lastErr),
+	}
+	if !j.verified {
+		s.Received = j.ledger.there()
+	}
+	if j.phase == PhaseFetching {
+		s.Rate = j.rate.value()
+	}
+	if j.phase == PhaseComplete {
+		s.Err = nil
+	}
+	for _, src := range j.sources {
+		if j.usable(src) && !slices.Contains(s.Hosts, src.host.name) {
+			s.Hosts = append(s.Hosts, src.host.name)
+		}
+	}
+	return s
+}
+
+func (j *job) currentGeneration() int {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	return j.generation
+}
+
+// Close stops all transfers, resumable, and waits for them. Handles stay readable below their frontier until they are
+// closed; Wait of unfinished ones returns an error. A second call does nothing.
+func (m *Manager) Close() error {
+	m.mu.Lock()
+	m.closed = true
+	for _, j := range m.jobs {
+		j.doom()
+		j.cancel(errClosed)
+	}
+	m.mu.Unlock()
+	m.wg.Wait()
+	return nil
+}

@@ -1,0 +1,163 @@
+package transfer
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"math/rand/v2"
+	"time"
+
+	"github.com/containerd/errdefs"
+)
+
+// Source is one place that serves the bytes of a blob.
+type Source interface {
+	// Host names the place in logs and errors, and is what connections are counted by.
+	Host() string
+	// Open asks for n bytes from off, n > 0, in one request. ctx bounds the reading of the body too, which must end
+	// soon after it. Called by several goroutines at once.
+	//
+	// Final for this source: errdefs.ErrNotFound, ErrUnauthenticated, ErrPermissionDenied, and ErrFailedPrecondition
+	// when the reply contradicts the request. Everything else is tried again, no sooner than the error's
+	// RetryAfter() time.Duration if it has that method.
+	Open(ctx context.Context, off, n int64) (Body, error)
+}
+
+// Body is a reply. Off and N say what the host really sends: a host that ignores ranges answers 0 and the blob's size.
+// N may be smaller than what was asked for; the rest is asked for again. A negative N with Off 0 means the whole blob
+// without a stated length.
+type Body struct {
+	io.ReadCloser
+	Off, N int64
+}
+
+// A source is dropped for good on these.
+var finalErrors = []error{
+	errdefs.ErrNotFound, errdefs.ErrUnauthenticated, errdefs.ErrPermissionDenied, errdefs.ErrFailedPrecondition,
+}
+
+func isFinal(err error) bool {
+	for _, f := range finalErrors {
+		if errors.Is(err, f) {
+			return true
+		}
+	}
+	return false
+}
+
+const (
+	backoffMin = 100 * time.Millisecond
+	backoffMax = 15 * time.Second
+	// A connection that brought this much before it broke is replaced at once.
+	goodProgress = 64 << 10
+	// A host that ignores ranges sends everything from the start each time: so often without a new byte, then never again.
+	plainTries = 4
+	// More sources than this of one host bring nothing new.
+	sourcesPerHost = 4
+)
+
+type ranges int
+
+const (
+	rangesUnknown ranges = iota // one connection at a time until the first reply
+	rangesYes
+	rangesNo // one plain stream at a time
+)
+
+// host is what a transfer knows of a host. Guarded by job.mu.
+type host struct {
+	name     string
+	ranges   ranges
+	conns    int       // under way
+	attempts int       // requests made
+	fails    int       // in a row, without progress
+	until    time.Time // not to be asked before
+	received int64     // bytes, all generations
+	served   bool      // stored bytes in this generation
+}
+
+type source struct {
+	Source
+	host *host
+	gone error // why it is not asked any more
+}
+
+// backoff is how long to wait after the nth failure in a row, n ≥ 1, with jitter.
+func backoff(n int) time.Duration {
+	d := backoffMax
+	if n < 10 {
+		d = min(backoffMax, backoffMin<<(n-1))
+	}
+	return d/2 + rand.N(d/2+1)
+}
+
+func retryAfter(err error) time.Duration {
+	var r interface{ RetryAfter() time.Duration }
+	if errors.As(err, &r) {
+		return r.RetryAfter()
+	}
+	return 0
+}
+
+// failed books the end of a connection that brought got bytes. Called with job.mu held.
+func (s *source) failed(got int64, err error) error {
+	h := s.host
+	err = fmt.Errorf("host %s, attempt %d: %w", h.name, h.attempts, err)
+	if isFinal(err) {
+		s.gone = err
+		return err
+	}
+	h.fails++
+	wait := backoff(h.fails)
+	if got > 0 {
+		h.fails, wait = 0, backoff(1)
+	}
+	if got >= goodProgress {
+		wait = 0
+	}
+	h.until = later(h.until, time.Now().Add(max(wait, retryAfter(err))))
+	if h.ranges == rangesNo && h.fails >= plainTries {
+		s.gone = err
+	}
+	return err
+}
+
+func later(a, b time.Time) time.Time {
+	if a.After(b) {
+		return a
+	}
+	return b
+}
+
+// meter is a rate over the last seconds. Guarded by job.mu.
+type meter struct {
+	start time.Time
+	bytes int64
+	rate  float64 // bytes a second
+}
+
+const meterWindow = time.Second
+
+func (m *meter) add(n int64) {
+	now := time.Now()
+	if m.start.IsZero() {
+		m.start = now
+	}
+	m.bytes += n
+	if d := now.Sub(m.start); d >= meterWindow {
+		m.rate = float64(m.bytes) / d.Seconds()
+		m.start, m.bytes = now, 0
+	}
+}
+
+func (m *meter) value() float64 {
+	if m.start.IsZero() {
+		return 0
+	}
+	d := time.Since(m.start)
+	if m.rate > 0 && d < 2*meterWindow {
+		return m.rate
+	}
+	return float64(m.bytes) / max(d, meterWindow/4).Seconds()
+}

@@ -1,0 +1,243 @@
+package transfer
+
+import (
+	"bufio"
+	"bytes"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"hash/crc32"
+	"io"
+	"math/rand/v2"
+	"os"
+)
+
+// The state file, little endian. A header of 64 bytes:
+//
+//	0  8  magic "gantryTX"
+//	8  4  version, 1
+//	12 4  block size in bytes
+//	16 8  size of the blob in bytes
+//	24 32 SHA-256 that names the blob
+//	56 4  generation: a random number, new whenever the data starts again from nothing
+//	60 4  CRC-32C of the 60 bytes before
+//
+// followed by records of 16 bytes, appended one by one:
+//
+//	0  4  block number
+//	4  4  kind in the top byte, length in bytes below: the first length bytes of the block are there
+//	8  4  CRC-32C of these bytes
+//	12 4  CRC-32C over the generation and the 12 bytes before
+//
+// A record that does not match its own checksum is no record; whatever follows may be one. A later record of a
+// block replaces an earlier one. A reader needs no lock: it may follow the file while its owner appends.
+const (
+	stateMagic   = "gantryTX"
+	stateVersion = 1
+	headerSize   = 64
+	recordSize   = 16
+	maxBlobSize  = int64(1) << 50 // what 32 bits of block number can name
+
+	kindBlock    = 1
+	kindComplete = 2
+)
+
+var castagnoli = crc32.MakeTable(crc32.Castagnoli)
+
+var errStateHeader = errors.New("no valid header")
+
+type stateHeader struct {
+	size       int64
+	sum        [32]byte
+	generation uint32
+}
+
+type record struct {
+	block  uint32
+	length uint32
+	crc    uint32
+}
+
+func (h stateHeader) encode() []byte {
+	b := make([]byte, 0, headerSize)
+	b = append(b, stateMagic...)
+	b = binary.LittleEndian.AppendUint32(b, stateVersion)
+	b = binary.LittleEndian.AppendUint32(b, blockSize)
+	b = binary.LittleEndian.AppendUint64(b, uint64(h.size))
+	b = append(b, h.sum[:]...)
+	b = binary.LittleEndian.AppendUint32(b, h.generation)
+	return binary.LittleEndian.AppendUint32(b, crc32.Checksum(b, castagnoli))
+}
+
+func decodeHeader(b []byte) (stateHeader, error) {
+	var h stateHeader
+	le := binary.LittleEndian
+	if len(b) < headerSize || !bytes.HasPrefix(b, []byte(stateMagic)) ||
+		le.Uint32(b[60:]) != crc32.Checksum(b[:60], castagnoli) ||
+		le.Uint32(b[8:]) != stateVersion || le.Uint32(b[12:]) != blockSize {
+		return h, errStateHeader
+	}
+	h.size = int64(le.Uint64(b[16:]))
+	if h.size < 0 || h.size > maxBlobSize {
+		return h, errStateHeader
+	}
+	copy(h.sum[:], b[24:])
+	h.generation = le.Uint32(b[56:])
+	return h, nil
+}
+
+func encodeRecord(generation uint32, kind byte, r record) []byte {
+	b := make([]byte, 0, recordSize)
+	b = binary.LittleEndian.AppendUint32(b, r.block)
+	b = binary.LittleEndian.AppendUint32(b, uint32(kind)<<24|r.length)
+	b = binary.LittleEndian.AppendUint32(b, r.crc)
+	return binary.LittleEndian.AppendUint32(b, recordCheck(generation, b))
+}
+
+func recordCheck(generation uint32, b []byte) uint32 {
+	var g [4]byte
+	binary.LittleEndian.PutUint32(g[:], generation)
+	return crc32.Update(crc32.Checksum(g[:], castagnoli), castagnoli, b[:12])
+}
+
+// stateLog is what a state file says.
+type stateLog struct {
+	stateHeader
+	blocks   map[uint32]record
+	complete bool
+}
+
+// readState parses a state file. Only a header that is not valid is an error; bad records are left out.
+func readState(r io.Reader) (*stateLog, error) {
+	br := bufio.NewReaderSize(r, 64<<10)
+	var hb [headerSize]byte
+	if _, err := io.ReadFull(br, hb[:]); err != nil {
+		if errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) {
+			return nil, errStateHeader
+		}
+		return nil, err
+	}
+	h, err := decodeHeader(hb[:])
+	if err != nil {
+		return nil, err
+	}
+	log := &stateLog{stateHeader: h, blocks: map[uint32]record{}}
+	for {
+		var b [recordSize]byte
+		if _, err := io.ReadFull(br, b[:]); err != nil {
+			if errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) {
+				return log, nil
+			}
+			return nil, err
+		}
+		log.add(b[:])
+	}
+}
+
+func (s *stateLog) add(b []byte) {
+	le := binary.LittleEndian
+	if le.Uint32(b[12:]) != recordCheck(s.generation, b) {
+		return
+	}
+	kind := le.Uint32(b[4:]) >> 24
+	r := record{block: le.Uint32(b), length: le.Uint32(b[4:]) & (1<<24 - 1), crc: le.Uint32(b[8:])}
+	switch kind {
+	case kindComplete:
+		s.complete = true
+	case kindBlock:
+		if r.length > 0 && int64(r.length) <= blockLen(s.size, r.block) {
+			s.blocks[r.block] = r
+		}
+	}
+}
+
+// blockLen is the length of a block of a blob of that size; 0 or less if there is no such block.
+func blockLen(size int64, block uint32) int64 {
+	return min(blockSize, size-int64(block)*blockSize)
+}
+
+// stateFile appends records. Safe for concurrent use: every record is one write to a file opened with O_APPEND.
+type stateFile struct {
+	f          *os.File
+	generation uint32
+}
+
+// createState starts an empty state file at path, replacing what is there.
+func createState(path string, size int64, sum [32]byte) (_ *stateFile, err error) {
+	f, err := os.OpenFile(path, os.O_CREATE|os.O_TRUNC|os.O_RDWR|os.O_APPEND, 0o600)
+	if err != nil {
+		return nil, err
+	}
+	h := stateHeader{size: size, sum: sum, generation: rand.Uint32()}
+	if _, err := f.Write(h.encode()); err != nil {
+		return nil, errors.Join(err, f.Close())
+	}
+	return &stateFile{f: f, generation: h.generation}, nil
+}
+
+// openState opens a state file for appending, after a record that was cut short.
+func openState(path string) (*stateFile, *stateLog, error) {
+	f, err := os.OpenFile(path, os.O_RDWR|os.O_APPEND, 0)
+	if err != nil {
+		return nil, nil, err
+	}
+	log, err := readState(f)
+	if err == nil {
+		err = trimRecord(f)
+	}
+	if err != nil {
+		return nil, nil, errors.Join(fmt.Errorf("state %s: %w", path, err), f.Close())
+	}
+	return &stateFile{f: f, generation: log.generation}, log, nil
+}
+
+func trimRecord(f *os.File) error {
+	st, err := f.Stat()
+	if err != nil {
+		return err
+	}
+	if extra := (st.Size() - headerSize) % recordSize; extra > 0 {
+		return f.Truncate(st.Size() - extra)
+	}
+	return nil
+}
+
+func (s *stateFile) append(kind byte, r record) error {
+	n, err := s.f.Write(encodeRecord(s.generation, kind, r))
+	if err != nil && n > 0 {
+		// Records are found by their offset: a piece of one must not shift those that follow.
+		err = errors.Join(err, trimRecord(s.f))
+	}
+	return err
+}
+
+func (s *stateFile) Close() error { return s.f.Close() }
+
+// peekState reads a state file without a lock and without trusting it; nil if there is none.
+func peekState(path string) *stateLog {
+	f, err := os.Open(path)
+	if err != nil {
+		return nil
+	}
+	defer f.Close()
+	log, err := readState(f)
+	if err != nil {
+		return nil
+	}
+	return log
+}
+
+// peekSize reads only the size in a state file's header.
+func peekSize(path string) (int64, bool) {
+	f, err := os.Open(path)
+	if err != nil {
+		return 0, false
+	}
+	defer f.Close()
+	var b [headerSize]byte
+	if _, err := io.ReadFull(f, b[:]); err != nil {
+		return 0, false
+	}
+	h, err := decodeHeader(b[:])
+	return h.size, err == nil
+}

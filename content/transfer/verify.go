@@ -1,0 +1,198 @@
+package transfer
+
+import (
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"sort"
+	"strings"
+)
+
+const (
+	hashStep      = 1 << 20
+	writebackStep = 8 << 20
+)
+
+// hash reads the blob back in order as the frontier advances. At the end the digest must be right.
+func (j *job) hash(ctx context.Context) error {
+	h := sha256.New()
+	buf := make([]byte, min(hashStep, max(j.blob.Size, 1)))
+	for off := int64(0); off < j.blob.Size; {
+		frontier, err := j.below(ctx, off+1)
+		if err != nil {
+			return err
+		}
+		for off < frontier {
+			n, err := j.folder.data.ReadAt(buf[:min(int64(len(buf)), frontier-off)], off)
+			if err != nil && !errors.Is(err, io.EOF) || n == 0 {
+				return diskError(j.folder.path, fmt.Errorf("read back at %d: %w", off, err))
+			}
+			h.Write(buf[:n])
+			off += int64(n)
+		}
+	}
+	if got := hex.EncodeToString(h.Sum(nil)); got != j.blob.Digest.Encoded() {
+		return fmt.Errorf("%w: %s sent %d bytes that hash to sha256:%s", errMismatch, j.servedBy(), j.blob.Size, got)
+	}
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	j.verified = true
+	j.wake()
+	return nil
+}
+
+// below waits until the frontier is at least off and returns it.
+func (j *job) below(ctx context.Context, off int64) (int64, error) {
+	for {
+		j.mu.Lock()
+		frontier, changed := j.frontier, j.changed
+		j.mu.Unlock()
+		if frontier >= off {
+			return frontier, nil
+		}
+		select {
+		case <-changed:
+		case <-ctx.Done():
+			return 0, context.Cause(ctx)
+		}
+	}
+}
+
+// servedBy names the hosts whose bytes are in the data.
+func (j *job) servedBy() string {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	var names []string
+	for _, h := range j.hosts {
+		if h.served {
+			names = append(names, h.name)
+		}
+	}
+	if len(names) == 0 {
+		return "an earlier transfer"
+	}
+	sort.Strings(names)
+	return strings.Join(names, " and ")
+}
+
+// writeback starts writing to disk what lies below the frontier, so that the last fsync is short. It may be slowed
+// down by a busy disk, so it has a goroutine of its own.
+func (j *job) writeback(ctx context.Context) error {
+	for off := int64(0); off+writebackStep <= j.blob.Size; off += writebackStep {
+		if _, err := j.below(ctx, off+writebackStep); err != nil {
+			return err
+		}
+		startWriteback(j.folder.data, off, writebackStep)
+	}
+	return nil
+}
+
+// check is a run of recorded blocks that must be compared with the data before they count.
+type check struct {
+	span *span
+	recs []record
+}
+
+// resume fills the ledger from the state file. Recorded blocks are live, claimed by the checks it returns; nobody
+// fetches them until they are found wrong. Blocks that are there in part are few and checked at once.
+func (j *job) resume() ([]*check, error) {
+	l := newLedger(j.blob.Size)
+	buf := make([]byte, blockSize)
+	var checks []*check
+	for _, r := range j.folder.recorded() {
+		start := int64(r.block) * blockSize
+		if int64(r.length) < blockLen(j.blob.Size, r.block) {
+			ok, err := j.folder.holds(r, buf)
+			if err != nil {
+				return nil, err
+			}
+			if ok {
+				s := l.take(start, blockEnd(start))
+				l.landed(s, start+int64(r.length), r.crc)
+				l.release(s)
+			}
+			continue
+		}
+		end := start + int64(r.length)
+		if n := len(checks); n > 0 && checks[n-1].span.end == start {
+			delete(l.live, l.take(start, end))
+			checks[n-1].span.end = end
+			checks[n-1].recs = append(checks[n-1].recs, r)
+			continue
+		}
+		checks = append(checks, &check{span: l.take(start, end), recs: []record{r}})
+	}
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	j.ledger = l
+	j.advance()
+	return checks, nil
+}
+
+// recheck compares recorded blocks with the data, in order; what does not match is missing.
+func (j *job) recheck(ctx context.Context, checks []*check) error {
+	buf := make([]byte, blockSize)
+	for _, c := range checks {
+		for _, r := range c.recs {
+			if ctx.Err() != nil {
+				return context.Cause(ctx)
+			}
+			ok, err := j.folder.holds(r, buf)
+			if err != nil {
+				return diskError(j.folder.path, err)
+			}
+			j.checked(c.span, ok)
+		}
+	}
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	j.wake() // who found no source waited for us
+	return nil
+}
+
+// checked counts the next block of a live span, or gives it to those who fetch.
+func (j *job) checked(s *span, ok bool) {
+	j.touch()
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	off, end := s.off, min(blockEnd(s.off), s.end)
+	if !ok {
+		bad := &span{off: off, end: end}
+		j.ledger.live[bad] = struct{}{}
+		j.ledger.release(bad)
+	}
+	j.ledger.landed(s, end, 0)
+	j.advance()
+	if !ok {
+		j.wake()
+	}
+}
+
+// hashesTo reads a whole file and compares it with the blob's size and digest.
+func hashesTo(ctx context.Context, f *os.File, b Blob) (bool, error) {
+	st, err := f.Stat()
+	if err != nil || st.Size() != b.Size {
+		return false, err
+	}
+	h := sha256.New()
+	buf := make([]byte, hashStep)
+	for off := int64(0); off < b.Size; {
+		if ctx.Err() != nil {
+			return false, context.Cause(ctx)
+		}
+		n, err := f.ReadAt(buf[:min(hashStep, b.Size-off)], off)
+		if n == 0 {
+			return false, nil // cut short or unreadable: not the blob
+		}
+		if err != nil && !errors.Is(err, io.EOF) {
+			return false, nil
+		}
+		h.Write(buf[:n])
+		off += int64(n)
+	}
+	return hex.EncodeToString(h.Sum(nil)) == b.Digest.Encoded(), nil
+}

@@ -1,0 +1,121 @@
+package config
+
+import (
+	"bytes"
+	"fmt"
+	"io"
+	"runtime"
+	"strconv"
+	"text/template"
+
+	"github.com/containerd/platforms"
+)
+
+// Names of the three proxy plugins in containerd's configuration. They are keys
+// of one table there, so they have to differ; the snapshotter's is the one that
+// people type.
+const (
+	SnapshotterName = "gantry"
+	ContentName     = "gantry-content"
+	DifferName      = "gantry-diff"
+)
+
+// leastUnpacks is how many layers containerd hands to gantry at once at least.
+// Each only waits for gantry, which has its own limit (unpack.workers).
+const leastUnpacks = 4
+
+// WriteContainerd writes what containerd (2.0 or later) needs to use the gantryd
+// that c configures, as a file for containerd's imports.
+func (c *Config) WriteContainerd(w io.Writer) error {
+	unpacks := c.Unpack.Workers
+	if unpacks == 0 {
+		unpacks = runtime.NumCPU()
+	}
+	var b bytes.Buffer
+	err := dropIn.Execute(&b, map[string]any{
+		"Config": c, "Isolated": c.Containerd.ContentSharingPolicy == PolicyIsolated,
+		"Snapshotter": SnapshotterName, "Content": ContentName, "Differ": DifferName,
+		"Platform": platforms.Format(platforms.DefaultSpec()), "Unpacks": max(unpacks, leastUnpacks),
+		"Version": Version,
+	})
+	if err != nil {
+		return fmt.Errorf("containerd's configuration: %w", err)
+	}
+	_, err = w.Write(b.Bytes())
+	return err
+}
+
+var dropIn = template.Must(template.New("containerd").Funcs(template.FuncMap{"q": strconv.Quote}).Parse(
+	`# Lets containerd use gantry. Printed by "gantry config containerd", version {{.Version}}.
+#
+# Switch on:
+#   1. gantryd is running:          gantry status
+#   2. save this file:              gantry config containerd > /etc/containerd/conf.d/gantry.toml
+#   3. /etc/containerd/config.toml  has at its top: imports = ["/etc/containerd/conf.d/*.toml"]
+#   4. systemctl restart containerd (running containers are not touched)
+# Switch off: stop and remove the containers that use the snapshotter {{q .Snapshotter}}, remove this file,
+#   systemctl restart containerd, and after that stop gantryd.
+#
+# containerd's metadata goes on naming the blobs it had. gantryd's content.root is
+#   {{.Config.Content.Root}}
+# Blobs that lie elsewhere, in containerd's own io.containerd.content.v1.content, are not seen while gantry is
+# switched on: set content.root (and transfer.root, on the same file system) in gantryd's configuration to use
+# that folder in place, or let the images be pulled again.
+
+version = 3
+
+# gantry is the content store; containerd accepts only one.
+disabled_plugins = ["io.containerd.content.v1.content"]
+
+# Three services on one socket. The names are keys of one table and have to differ.
+[proxy_plugins.{{.Content}}]
+  type = "content"
+  address = {{q .Config.Address}}
+
+[proxy_plugins.{{.Snapshotter}}]
+  type = "snapshot"
+  address = {{q .Config.Address}}
+  # Layers of one image may be unpacked in any order, each without its parent.
+  capabilities = ["rebase"]
+  [proxy_plugins.{{.Snapshotter}}.exports]
+    # Where images take their space: the kubelet watches this file system.
+    root = {{q .Config.Root}}
+    # Tells gantry which image a layer is pulled for.
+    enable_remote_snapshot_annotations = "true"
+
+[proxy_plugins.{{.Differ}}]
+  type = "diff"
+  address = {{q .Config.Address}}
+
+# Clients that pull by themselves (ctr --local, nerdctl, buildkit): gantry applies; what it does not implement,
+# making a layer of a container's changes, is left to containerd.
+[plugins."io.containerd.service.v1.diff-service"]
+  default = [{{q .Differ}}, "walking"]
+
+# Pulls by the transfer service (ctr, and the kubelet since containerd 2.2).
+[plugins."io.containerd.transfer.v1.local"]
+  max_concurrent_unpacks = {{.Unpacks}}
+  [[plugins."io.containerd.transfer.v1.local".unpack_config]]
+    platform = {{q .Platform}}
+    snapshotter = {{q .Snapshotter}}
+    differ = {{q .Differ}}
+  # A list replaces containerd's own, so its default is repeated: overlayfs goes on working.
+  [[plugins."io.containerd.transfer.v1.local".unpack_config]]
+    platform = {{q .Platform}}
+    snapshotter = "overlayfs"
+    differ = "walking"
+    optional = true
+
+# The kubelet's images and containers. A runtime that names a snapshotter of its own
+# ([plugins."io.containerd.cri.v1.runtime".containerd.runtimes.NAME] snapshotter = "...") keeps it.
+[plugins."io.containerd.cri.v1.images"]
+  snapshotter = {{q .Snapshotter}}
+{{if .Isolated}}
+# As in gantryd's configuration: both must say the same.
+[plugins."io.containerd.metadata.v1.bolt"]
+  content_sharing_policy = "isolated"
+{{else}}
+# gantryd runs with containerd.content_sharing_policy = "shared", which is containerd's default. If containerd's own
+# configuration sets content_sharing_policy = "isolated" under [plugins."io.containerd.metadata.v1.bolt"], set it in
+# gantryd's configuration too, or gantry hands layers across namespaces; then print this file again.
+{{end}}`))

@@ -1,0 +1,106 @@
+package plugin
+
+import (
+	"context"
+	"fmt"
+	"runtime/debug"
+	"sync/atomic"
+	"time"
+
+	"github.com/containerd/containerd/v2/pkg/namespaces"
+	"github.com/containerd/errdefs"
+	"github.com/containerd/errdefs/pkg/errgrpc"
+	"github.com/containerd/log"
+	"google.golang.org/grpc"
+)
+
+// maxMessage is the largest message accepted, in bytes. A client that writes a
+// blob itself sends 1 MiB at a time; containerd's own limit is 16 MiB.
+const maxMessage = 16 << 20
+
+// newServer returns a gRPC server whose calls have a logger and the caller's
+// namespace in their context, whose errors are gRPC's, and which survives a panic
+// in a call. It sets no limit of concurrent streams: a waiting Write stream must
+// not hold up others.
+func newServer(logger *log.Entry) (*grpc.Server, *edge) {
+	e := &edge{logger: logger}
+	return grpc.NewServer(
+		grpc.UnaryInterceptor(e.unary),
+		grpc.StreamInterceptor(e.stream),
+		grpc.MaxRecvMsgSize(maxMessage),
+		grpc.MaxSendMsgSize(maxMessage),
+	), e
+}
+
+// edge is where gRPC ends and gantry begins.
+type edge struct {
+	logger *log.Entry
+	calls  atomic.Int64 // under way
+}
+
+// idle waits until no call is under way, and reports whether that came in time.
+// gRPC's own Stop either leaves calls behind or waits for them without a bound.
+func (e *edge) idle(limit time.Duration) bool {
+	end := time.After(limit)
+	ticker := time.NewTicker(10 * time.Millisecond)
+	defer ticker.Stop()
+	for e.calls.Load() != 0 {
+		select {
+		case <-end:
+			return false
+		case <-ticker.C:
+		}
+	}
+	return true
+}
+
+func (e *edge) unary(ctx context.Context, req any, info *grpc.UnaryServerInfo, handler grpc.UnaryHandler) (_ any, err error) {
+	e.calls.Add(1)
+	defer e.calls.Add(-1)
+	ctx = e.enter(ctx, info.FullMethod)
+	defer func() { err = leave(ctx, recover(), err) }()
+	return handler(ctx, req)
+}
+
+func (e *edge) stream(srv any, ss grpc.ServerStream, info *grpc.StreamServerInfo, handler grpc.StreamHandler) (err error) {
+	e.calls.Add(1)
+	defer e.calls.Add(-1)
+	ctx := e.enter(ss.Context(), info.FullMethod)
+	defer func() { err = leave(ctx, recover(), err) }()
+	return handler(srv, &streamWithContext{ServerStream: ss, context: func() context.Context { return ctx }})
+}
+
+// enter makes the context of a call. A proxy of containerd's sends its caller's
+// namespace as metadata.
+func (e *edge) enter(ctx context.Context, method string) context.Context {
+	logger := e.logger.WithField("method", method)
+	if ns, ok := namespaces.Namespace(ctx); ok {
+		ctx = namespaces.WithNamespace(ctx, ns)
+		logger = logger.WithField("namespace", ns)
+	}
+	return log.WithLogger(ctx, logger)
+}
+
+// leave turns what a handler ended with into a gRPC status.
+func leave(ctx context.Context, panicked any, err error) error {
+	if panicked != nil {
+		log.G(ctx).WithField("panic", panicked).Errorf("a call panicked; please report this with the stack\n%s", debug.Stack())
+		err = fmt.Errorf("gantryd: panic: %v: %w", panicked, errdefs.ErrInternal)
+	}
+	if err == nil {
+		return nil
+	}
+	err = errgrpc.ToGRPC(err)
+	log.G(ctx).WithError(err).Debug("call failed")
+	return err
+}
+
+// streamWithContext is a stream whose calls run in another context than the
+// one it arrived with.
+type streamWithContext struct {
+	grpc.ServerStream
+	context func() context.Context
+}
+
+// Context implements grpc.ServerStream.
+func (s *streamWithContext) Context() context.Context { return s.context() }

@@ -1,0 +1,94 @@
+package plugin
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
+	"syscall"
+
+	"github.com/containerd/errdefs"
+	"github.com/gofrs/flock"
+
+	"github.com/gantryd/gantry/plugin/config"
+)
+
+// lockName is the file in a folder that only one gantryd may use.
+const lockName = "gantryd.lock"
+
+// place is what a daemon holds on disk while it runs.
+type place struct {
+	locks []*flock.Flock
+}
+
+// occupy makes the daemon's folders and takes them for this process alone.
+// Transfers may be shared with others; root and the blobs may not.
+func occupy(c *config.Config) (*place, error) {
+	for _, f := range []struct {
+		path string
+		mode os.FileMode
+	}{{c.Root, 0o700}, {c.State, 0o711}, {filepath.Dir(c.Address), 0o711}, {c.Content.Root, 0o700}, {c.Transfer.Root, 0o700}} {
+		if err := os.MkdirAll(f.path, f.mode); err != nil {
+			return nil, fmt.Errorf("make gantryd's folders: %w", err)
+		}
+	}
+	p := &place{}
+	for _, folder := range slices.Compact([]string{c.Root, c.Content.Root}) {
+		if err := p.lock(folder); err != nil {
+			return nil, errors.Join(err, p.release())
+		}
+	}
+	if err := linkable(c); err != nil {
+		return nil, errors.Join(err, p.release())
+	}
+	return p, nil
+}
+
+func (p *place) lock(folder string) error {
+	l := flock.New(filepath.Join(folder, lockName), flock.SetPermissions(0o600))
+	got, err := l.TryLock()
+	if err != nil {
+		return fmt.Errorf("lock %s: %w", folder, err)
+	}
+	if !got {
+		return fmt.Errorf("%s is in use by another gantryd; stop it, or set root (and content.root) to other folders: %w",
+			folder, errdefs.ErrFailedPrecondition)
+	}
+	p.locks = append(p.locks, l)
+	return nil
+}
+
+// release gives the folders up. A second call does nothing.
+func (p *place) release() error {
+	var errs []error
+	for _, l := range slices.Backward(p.locks) {
+		errs = append(errs, l.Unlock())
+	}
+	p.locks = nil
+	return errors.Join(errs...)
+}
+
+// linkable checks that a finished transfer can become a blob by a hard link. The
+// numbers of the file systems do not tell: a bind mount of the same one refuses
+// links too.
+func linkable(c *config.Config) (err error) {
+	probe, err := os.CreateTemp(c.Transfer.Root, ".probe-")
+	if err != nil {
+		return fmt.Errorf("transfer.root: %w", err)
+	}
+	name := filepath.Join(c.Content.Root, filepath.Base(probe.Name()))
+	defer func() { err = errors.Join(err, os.Remove(probe.Name())) }()
+	if err := probe.Close(); err != nil {
+		return fmt.Errorf("transfer.root: %w", err)
+	}
+	err = os.Link(probe.Name(), name)
+	if errors.Is(err, syscall.EXDEV) {
+		return fmt.Errorf("transfer.root (%s) and content.root (%s) are not on one file system; a finished transfer becomes a blob by a hard link, so put them on the same one: %w",
+			c.Transfer.Root, c.Content.Root, errdefs.ErrFailedPrecondition)
+	}
+	if err != nil {
+		return fmt.Errorf("content.root: %w", err)
+	}
+	return os.Remove(name)
+}

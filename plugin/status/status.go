@@ -1,0 +1,87 @@
+// Package status is what gantryd tells about itself: the report, the gRPC
+// service that serves it and the call that fetches it.
+//
+// The report travels as JSON within well-known protobuf types, so that any gRPC
+// client can read it without generated code:
+//
+//	gantry.v1.Status/Get (google.protobuf.Empty) -> google.protobuf.BytesValue
+package status
+
+import (
+	"time"
+
+	"github.com/opencontainers/go-digest"
+)
+
+// Report is the state of one gantryd.
+type Report struct {
+	Version string    `json:"version"`
+	PID     int       `json:"pid"`
+	Started time.Time `json:"started"`
+	Root    string    `json:"root"`
+	Mount   Mount     `json:"mount"`
+	// Transfers are the blobs known to the transfer manager, under way or just finished.
+	Transfers []Transfer `json:"transfers"`
+	// Unpacks are the layers being unpacked.
+	Unpacks []Unpack `json:"unpacks"`
+	// Recent are layers that were finished since the start, the newest first; only the last few are kept.
+	Recent []Layer `json:"recent"`
+}
+
+// Mount says how layers are mounted on this host.
+type Mount struct {
+	Mode   string `json:"mode"`   // file, loop or directory
+	Reason string `json:"reason"` // why not the one before it
+}
+
+// Transfer is a blob on its way from a registry.
+type Transfer struct {
+	Digest   digest.Digest `json:"digest"`
+	Size     int64         `json:"size"`     // bytes
+	Frontier int64         `json:"frontier"` // bytes without a gap from the start
+	Received int64         `json:"received"` // bytes received since the start of the transfer
+	Rate     float64       `json:"rate"`     // bytes a second
+	Phase    string        `json:"phase"`    // waiting, lock, fetching, verifying, complete or failed
+	Hosts    []string      `json:"hosts,omitempty"`
+	Waiters  int           `json:"waiters"`
+	Started  time.Time     `json:"started"`
+	Error    string        `json:"error,omitempty"`
+}
+
+// Unpack is a layer on its way from a blob to a layer file.
+type Unpack struct {
+	Digest  digest.Digest `json:"digest"`
+	Size    int64         `json:"size"`    // bytes of the blob
+	Read    int64         `json:"read"`    // bytes of the blob that were decompressed
+	Written int64         `json:"written"` // bytes of the layer file
+	Rate    float64       `json:"rate"`    // bytes written a second, since Started
+	Phase   string        `json:"phase"`   // queued, unpacking or verifying
+	Started time.Time     `json:"started"`
+}
+
+// Layer is a finished layer, and where its time went.
+type Layer struct {
+	Namespace string        `json:"namespace,omitempty"`
+	Image     string        `json:"image,omitempty"` // empty if not known
+	Digest    digest.Digest `json:"digest"`
+	DiffID    digest.Digest `json:"diff_id,omitempty"` // empty if the layer failed before it was known
+	Size      int64         `json:"size"`              // bytes of the blob
+	Written   int64         `json:"written"`           // bytes of the layer file
+	Started   time.Time     `json:"started"`
+	Seconds   Seconds       `json:"seconds"`
+	Error     string        `json:"error,omitempty"`
+}
+
+// Seconds are the parts of one layer's way. They overlap, because gantry
+// decompresses and writes while it downloads: their sum is not the total.
+type Seconds struct {
+	Total      float64 `json:"total"`
+	Queued     float64 `json:"queued"`     // until an unpack worker was free
+	Wait       float64 `json:"wait"`       // for the first byte
+	Download   float64 `json:"download"`   // from the first byte to the last
+	Starved    float64 `json:"starved"`    // the decompressor waited for bytes
+	Decompress float64 `json:"decompress"` // decompressing, without waiting for bytes
+	Write      float64 `json:"write"`      // writing the layer file
+	Verify     float64 `json:"verify"`     // after the last byte, until the digest was known good
+	Commit     float64 `json:"commit"`     // making the layer file durable
+}

@@ -1,0 +1,189 @@
+package snapshotter
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"path/filepath"
+	"slices"
+	"strings"
+
+	"github.com/containerd/containerd/v2/core/mount"
+	"github.com/containerd/containerd/v2/core/snapshots"
+	"github.com/containerd/containerd/v2/core/snapshots/storage"
+	"github.com/containerd/errdefs"
+	digest "github.com/opencontainers/go-digest"
+
+	"github.com/gantryd/gantry/snapshotter/layer"
+)
+
+// Adopt makes the layer file of diffID the content of the active snapshot that
+// the mounts belong to: a hard link, durable when Adopt returns, or, where
+// layers cannot be mounted, an extraction.
+//
+// ErrNotFound: the mounts are not exactly those of an active snapshot of this
+// snapshotter. ErrFailedPrecondition: they are, but its upper directory is not
+// empty, or a layer was adopted before (which is then extracted, so that the
+// next one can be unpacked over it). ErrUnavailable: the layer file is gone.
+//
+// The index is written here where it does not depend on a parent that only
+// Commit will name; Adopt never waits for another layer to be unpacked.
+func (s *Snapshotter) Adopt(ctx context.Context, mounts []mount.Mount, diffID digest.Digest) error {
+	id, ok := s.ownID(mounts)
+	if !ok {
+		return fmt.Errorf("mounts of another snapshotter: %w", errdefs.ErrNotFound)
+	}
+	unpin := s.layers.Pin(diffID)
+	defer unpin()
+	snap, err := s.adopting(ctx, id)
+	if err != nil {
+		return err
+	}
+	// What is extracted needs the attributes of the parents' directories.
+	if err := s.settled(ctx, snap.ParentIDs); err != nil {
+		return err
+	}
+	unlock, err := s.locks.lock(ctx, id)
+	if err != nil {
+		return err
+	}
+	defer unlock()
+	if err := s.mayAdopt(ctx, snap); err != nil {
+		return fmt.Errorf("snapshot %s: %w", id, err)
+	}
+	l, err := s.layers.Get(ctx, diffID)
+	if err != nil {
+		// Not wrapped: ErrNotFound would mean foreign mounts.
+		return fmt.Errorf("layer file %s: %v: %w", diffID, err, errdefs.ErrUnavailable)
+	}
+	if s.mode == ModeDirectory {
+		err = s.adoptDirectory(ctx, snap, l)
+	} else {
+		err = s.adoptTar(ctx, snap, l)
+	}
+	if err != nil {
+		return fmt.Errorf("snapshot %s: adopt layer %s: %w", id, diffID, err)
+	}
+	return nil
+}
+
+// ownID finds the snapshot whose upper directory the mounts write to. The path
+// is compared as a string with the one that Mounts gives out: nothing is
+// resolved, so a path that only leads there is foreign.
+func (s *Snapshotter) ownID(mounts []mount.Mount) (string, bool) {
+	if len(mounts) != 1 || mounts[0].ReadOnly() || mounts[0].Target != "" {
+		return "", false
+	}
+	m := mounts[0]
+	var upper string
+	switch m.Type {
+	case "bind":
+		upper = m.Source
+	case "overlay":
+		uppers := slices.DeleteFunc(slices.Clone(m.Options), func(o string) bool { return !strings.HasPrefix(o, "upperdir=") })
+		if len(uppers) != 1 {
+			return "", false
+		}
+		upper = strings.TrimPrefix(uppers[0], "upperdir=")
+	}
+	id := filepath.Base(filepath.Dir(upper))
+	return id, isID(id) && upper == s.upper(id)
+}
+
+// adopting returns the active snapshot with this id.
+func (s *Snapshotter) adopting(ctx context.Context, id string) (snap storage.Snapshot, err error) {
+	err = s.ms.WithTransaction(ctx, false, func(ctx context.Context) error {
+		ids, err := storage.IDMap(ctx)
+		if err != nil {
+			return err
+		}
+		key, ok := ids[id]
+		if !ok {
+			return fmt.Errorf("snapshot %s: %w", id, errdefs.ErrNotFound)
+		}
+		snap, err = storage.GetSnapshot(ctx, key)
+		if err == nil && snap.Kind != snapshots.KindActive {
+			err = fmt.Errorf("snapshot %s is a view: %w", key, errdefs.ErrFailedPrecondition)
+		}
+		return err
+	})
+	return snap, err
+}
+
+// mayAdopt is called with the snapshot's lock held.
+func (s *Snapshotter) mayAdopt(ctx context.Context, snap storage.Snapshot) error {
+	if !exists(s.dir(snap.ID)) {
+		return errdefs.ErrNotFound // removed meanwhile
+	}
+	if s.isTar(snap.ID) {
+		if err := s.extractAdopted(ctx, snap); err != nil {
+			return err
+		}
+		return fmt.Errorf("a layer was applied already: %w", errdefs.ErrFailedPrecondition)
+	}
+	empty, err := isEmpty(s.upper(snap.ID))
+	if err != nil {
+		return err
+	}
+	if !empty {
+		return fmt.Errorf("the upper directory is not empty: %w", errdefs.ErrFailedPrecondition)
+	}
+	return nil
+}
+
+// adoptTar links the layer and, as far as it can be known now, writes its index
+// and mounts it, so that Commit and the Prepare that follows find it done.
+func (s *Snapshotter) adoptTar(ctx context.Context, snap storage.Snapshot, l *layer.Layer) (err error) {
+	id := snap.ID
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, s.dropLayer(id))
+		}
+	}()
+	if err := s.writeRecord(id, adopted{l.DiffID, l.Size}); err != nil {
+		return err
+	}
+	if err := s.layers.Link(l.DiffID, s.layer(id)); err != nil {
+		return err
+	}
+	if err := syncDir(s.dir(id), s.snapshotsDir()); err != nil {
+		return err
+	}
+	root, err := s.earlyIndex(ctx, snap, l.Table)
+	if err != nil || root == nil {
+		return err
+	}
+	if err := s.writeIndex(id, root, l.Size); err != nil {
+		return err
+	}
+	return s.mountLayer(ctx, id)
+}
+
+// adoptDirectory extracts the layer. Without a known parent the tar stays
+// linked as `pending` until Commit has named it.
+func (s *Snapshotter) adoptDirectory(ctx context.Context, snap storage.Snapshot, l *layer.Layer) (err error) {
+	id := snap.ID
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, clearDir(s.upper(id)), removeFile(s.pending(id)), removeFile(s.record(id)), removeFile(s.extracting(id)))
+		}
+	}()
+	if err := s.writeRecord(id, adopted{l.DiffID, l.Size}); err != nil {
+		return err
+	}
+	if err := s.layers.Link(l.DiffID, s.pending(id)); err != nil {
+		return err
+	}
+	if err := s.extract(ctx, id, s.pending(id), s.lowers(snap.ParentIDs), true); err != nil {
+		return err
+	}
+	if len(snap.ParentIDs) > 0 {
+		if err := errors.Join(removeFile(s.pending(id)), removeFile(s.record(id))); err != nil {
+			return err
+		}
+	}
+	if err := removeFile(s.extracting(id)); err != nil {
+		return err
+	}
+	return syncDir(s.dir(id), s.snapshotsDir())
+}

@@ -1,0 +1,242 @@
+package snapshotter
+
+import (
+	"bytes"
+	"context"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/containerd/containerd/v2/core/mount"
+	"github.com/containerd/containerd/v2/core/snapshots"
+	"github.com/containerd/containerd/v2/core/snapshots/storage"
+	"github.com/containerd/containerd/v2/pkg/archive"
+	"github.com/containerd/errdefs"
+	digest "github.com/opencontainers/go-digest"
+)
+
+func (s *Snapshotter) loadKeys(ctx context.Context) (ids map[string]string, err error) {
+	err = s.ms.WithTransaction(ctx, false, func(ctx context.Context) error {
+		ids, err = storage.IDMap(ctx)
+		return ignoreNotFound(err)
+	})
+	return ids, err
+}
+
+func TestAdoptShowsWhatContainerdUnpacks(t *testing.T) {
+	layers := image(t)
+	for _, mode := range mountModes {
+		for _, how := range unpacks {
+			t.Run(string(mode)+"/"+how.name, func(t *testing.T) {
+				r := newRig(t, mode)
+				for n := 1; n <= len(layers); n++ {
+					top := r.pull(t, how, strings.Repeat("x", n), "", layers[:n]...)
+					sameTree(t, r.show(t, top), reference(t, nil, layers[:n]...))
+				}
+				st := r.Status()
+				if mode == ModeDirectory && st.TarLayers != 0 {
+					t.Errorf("directory mode left tar layers: %+v", st)
+				}
+				if mode != ModeDirectory && (st.TarLayers != 15 || st.Mounted != 15) {
+					t.Errorf("got %+v, want 15 mounted tar layers", st)
+				}
+			})
+		}
+	}
+}
+
+func TestAdoptOntoContainersChanges(t *testing.T) {
+	base := makeTar(t, dir("m", 0o700, 5), reg("m/a", "a"), dir("n", 0o755, 0), reg("f", "f"))
+	top := makeTar(t, reg("m/new", "new"), reg("n/new", "new"), reg("k/l/m", "implied by nobody"))
+	for _, mode := range mountModes {
+		for _, how := range unpacks {
+			t.Run(string(mode)+"/"+how.name, func(t *testing.T) {
+				r := newRig(t, mode)
+				parent := r.pull(t, how, "base", "", base)
+				mounts, err := r.Prepare(t.Context(), "container", parent)
+				if err != nil {
+					t.Fatal(err)
+				}
+				change := func(root string) error {
+					m := filepath.Join(root, "m")
+					if err := os.Chmod(m, 0o1755); err != nil {
+						return err
+					}
+					if err := os.Remove(filepath.Join(root, "f")); err != nil {
+						return err
+					}
+					return os.Chown(m, 11, 12)
+				}
+				if err := mount.WithTempMount(t.Context(), mounts, change); err != nil {
+					t.Fatal(err)
+				}
+				r.commit(t, "changed", "container", "")
+				upper := r.upper(r.id(t, "changed"))
+				name := r.pull(t, how, "top", "changed", top)
+
+				below := t.TempDir()
+				if _, err := archive.Apply(t.Context(), below, bytes.NewReader(base)); err != nil {
+					t.Fatal(err)
+				}
+				sameTree(t, r.show(t, name), reference(t, []string{upper, below}, top))
+			})
+		}
+	}
+}
+
+// A label may name any parent; only Commit's counts.
+func TestAdoptTakesParentFromCommit(t *testing.T) {
+	r := newRig(t, ModeFile)
+	seq := unpacks[0]
+	good := makeTar(t, dir("m", 0o700, 5))
+	bad := makeTar(t, dir("m", 0o777, 6))
+	top := makeTar(t, reg("m/new", "new"))
+	r.pull(t, seq, "good", "", good)
+	r.pull(t, seq, "bad", "", bad)
+	mounts, err := r.Prepare(t.Context(), "extract", "", snapshots.WithLabels(map[string]string{"containerd.io/snapshot/parent": "bad-0"}))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := r.Adopt(t.Context(), mounts, r.store(t, top)); err != nil {
+		t.Fatal(err)
+	}
+	r.commit(t, "top", "extract", "good-0")
+	sameTree(t, r.show(t, "top"), reference(t, nil, good, top))
+}
+
+func TestAdoptRefusesForeignMounts(t *testing.T) {
+	r := newRig(t, ModeFile)
+	d := r.store(t, makeTar(t, reg("f", "f")))
+	if _, err := r.Prepare(t.Context(), "k", ""); err != nil {
+		t.Fatal(err)
+	}
+	id := r.id(t, "k")
+	upper := r.upper(id)
+	link := filepath.Join(t.TempDir(), "link")
+	if err := os.Symlink(upper, link); err != nil {
+		t.Fatal(err)
+	}
+	rw := []string{"rw", "rbind"}
+	tests := map[string][]mount.Mount{
+		"none":             nil,
+		"two":              {{Type: "bind", Source: upper, Options: rw}, {Type: "bind", Source: upper, Options: rw}},
+		"another folder":   {{Type: "bind", Source: t.TempDir(), Options: rw}},
+		"symlink":          {{Type: "bind", Source: link, Options: rw}},
+		"dots":             {{Type: "bind", Source: filepath.Dir(upper) + "/../" + id + "/upper", Options: rw}},
+		"slash":            {{Type: "bind", Source: upper + "/", Options: rw}},
+		"work":             {{Type: "bind", Source: r.workdir(id), Options: rw}},
+		"below":            {{Type: "bind", Source: upper + "/upper", Options: rw}},
+		"no number":        {{Type: "bind", Source: r.upper("x"), Options: rw}},
+		"leading zero":     {{Type: "bind", Source: r.upper("0" + id), Options: rw}},
+		"unknown snapshot": {{Type: "bind", Source: r.upper("999"), Options: rw}},
+		"read-only":        {{Type: "bind", Source: upper, Options: []string{"ro"}}},
+		"target":           {{Type: "bind", Source: upper, Target: "sub", Options: rw}},
+		"type":             {{Type: "ext4", Source: upper, Options: rw}},
+		"two uppers":       {{Type: "overlay", Options: []string{"upperdir=" + upper, "upperdir=/x"}}},
+		"joined":           {{Type: "overlay", Options: []string{"upperdir=" + upper + ",workdir=/x"}}},
+		"relative":         {{Type: "bind", Source: "snapshots/" + id + "/upper", Options: rw}},
+		"empty":            {{}},
+	}
+	for name, mounts := range tests {
+		t.Run(name, func(t *testing.T) {
+			if err := r.Adopt(t.Context(), mounts, d); !errdefs.IsNotFound(err) {
+				t.Errorf("got %v, want ErrNotFound", err)
+			}
+		})
+	}
+	if empty, err := isEmpty(upper); !empty || err != nil || r.isTar(id) {
+		t.Errorf("the snapshot was touched (%v)", err)
+	}
+	// What containerd 2.4 makes of a bind mount.
+	if err := r.Adopt(t.Context(), []mount.Mount{{Type: "overlay", Options: []string{"rw", "upperdir=" + upper}}}, d); err != nil {
+		t.Error(err)
+	}
+}
+
+func TestAdoptNeedsTheLayerFile(t *testing.T) {
+	r := newRig(t, ModeFile)
+	mounts, err := r.Prepare(t.Context(), "k", "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := r.Adopt(t.Context(), mounts, digest.FromString("nothing")); !errdefs.IsUnavailable(err) {
+		t.Errorf("got %v, want ErrUnavailable", err)
+	}
+}
+
+func TestAdoptOverContent(t *testing.T) {
+	first := makeTar(t, dir("m", 0o700, 5), reg("m/a", "a"))
+	for _, mode := range mountModes {
+		t.Run(string(mode), func(t *testing.T) {
+			r := newRig(t, mode)
+			mounts, err := r.Prepare(t.Context(), "k", "")
+			if err != nil {
+				t.Fatal(err)
+			}
+			d := r.store(t, first)
+			if err := r.Adopt(t.Context(), mounts, d); err != nil {
+				t.Fatal(err)
+			}
+			if err := r.Adopt(t.Context(), mounts, d); !errdefs.IsFailedPrecondition(err) {
+				t.Fatalf("second layer: got %v, want ErrFailedPrecondition", err)
+			}
+			// The first layer lies in the folder now, for the next to be unpacked over it.
+			sameTree(t, look(t, mounts), reference(t, nil, first))
+			r.commit(t, "both", "k", "")
+			sameTree(t, r.show(t, "both"), reference(t, nil, first))
+		})
+	}
+}
+
+func TestMountsOfAdoptedSnapshot(t *testing.T) {
+	layers := image(t)
+	for _, mode := range mountModes {
+		t.Run(string(mode), func(t *testing.T) {
+			r := newRig(t, mode)
+			parent := r.pull(t, unpacks[0], "base", "", layers[0])
+			mounts, err := r.Prepare(t.Context(), "k", parent)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := r.Adopt(t.Context(), mounts, r.store(t, layers[1])); err != nil {
+				t.Fatal(err)
+			}
+			if mounts, err = r.Mounts(t.Context(), "k"); err != nil {
+				t.Fatal(err)
+			}
+			want := reference(t, nil, layers[:2]...)
+			sameTree(t, look(t, mounts), want)
+			err = mount.WithTempMount(t.Context(), mounts, func(root string) error {
+				return os.WriteFile(filepath.Join(root, "written"), nil, 0o600)
+			})
+			if err != nil {
+				t.Fatal(err)
+			}
+			r.commit(t, "top", "k", "")
+			got := r.show(t, "top")
+			if got["written"] == "" {
+				t.Error("what was written is lost")
+			}
+			delete(got, "written")
+			sameTree(t, got, want)
+		})
+	}
+}
+
+func TestCommitRefusesToLoseWrites(t *testing.T) {
+	r := newRig(t, ModeFile)
+	mounts, err := r.Prepare(t.Context(), "k", "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := r.Adopt(t.Context(), mounts, r.store(t, makeTar(t, reg("f", "f")))); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(filepath.Join(mounts[0].Source, "late"), nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := r.Commit(t.Context(), "c", "k"); !errdefs.IsFailedPrecondition(err) {
+		t.Errorf("got %v, want ErrFailedPrecondition", err)
+	}
+}

@@ -1,0 +1,201 @@
+package snapshotter
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+
+	"github.com/containerd/containerd/v2/core/snapshots"
+	"github.com/containerd/containerd/v2/core/snapshots/storage"
+	"github.com/containerd/log"
+)
+
+// Cleanup deletes what removed snapshots leave behind: mounts with their loop
+// devices, folders, and layer files that nothing links any more. containerd
+// calls it after each garbage collection, without a lock. One that fails goes on
+// with the rest.
+func (s *Snapshotter) Cleanup(ctx context.Context) error {
+	select {
+	case s.cleanMu <- struct{}{}:
+		defer func() { <-s.cleanMu }()
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
+	names, err := s.orphans(ctx)
+	if err != nil {
+		return fmt.Errorf("clean up snapshots: %w", err)
+	}
+	var errs []error
+	for _, name := range names {
+		if err := s.discard(ctx, name); err != nil {
+			errs = append(errs, fmt.Errorf("clean up snapshot %s: %w", name, err))
+		}
+	}
+	if err := s.layers.Sweep(ctx, s.keep); err != nil {
+		errs = append(errs, fmt.Errorf("sweep layer files: %w", err))
+	}
+	return errors.Join(errs...)
+}
+
+// orphans lists folders and mount points without a snapshot. A writable
+// transaction, rolled back, keeps Prepare out meanwhile.
+func (s *Snapshotter) orphans(ctx context.Context) (names []string, err error) {
+	ctx, tx, err := s.ms.TransactionContext(ctx, true)
+	if err != nil {
+		return nil, err
+	}
+	defer func() { err = errors.Join(err, tx.Rollback()) }()
+	ids, err := storage.IDMap(ctx)
+	if err := ignoreNotFound(err); err != nil {
+		return nil, err
+	}
+	return s.unknown(func(name string) bool { _, ok := ids[name]; return ok })
+}
+
+// unknown lists the entries of snapshots/ and mnt/ that are not known.
+func (l layout) unknown(known func(string) bool) ([]string, error) {
+	seen := map[string]bool{}
+	var names []string
+	for _, dir := range []string{l.snapshotsDir(), l.mountsDir()} {
+		entries, err := os.ReadDir(dir)
+		if err != nil {
+			return nil, err
+		}
+		for _, e := range entries {
+			if name := e.Name(); !known(name) && !seen[name] {
+				seen[name] = true
+				names = append(names, name)
+			}
+		}
+	}
+	return names, nil
+}
+
+// discard deletes a snapshot that is not in the database. It waits for a job
+// about it to end.
+func (s *Snapshotter) discard(ctx context.Context, name string) error {
+	unlock, err := s.locks.lock(ctx, name)
+	if err != nil {
+		return err
+	}
+	defer unlock()
+	if err := s.unmount(name); err != nil {
+		return err
+	}
+	return os.RemoveAll(s.dir(name))
+}
+
+// node is what the database says of one snapshot.
+type node struct {
+	kind    snapshots.Kind
+	parents []string // ids, nearest first
+}
+
+// loadTree reads the whole database once, by id.
+func (s *Snapshotter) loadTree(ctx context.Context) (map[string]node, error) {
+	tree := map[string]node{}
+	err := s.ms.WithTransaction(ctx, true, func(ctx context.Context) error {
+		var infos []snapshots.Info
+		err := storage.WalkInfo(ctx, func(_ context.Context, i snapshots.Info) error {
+			infos = append(infos, i)
+			return nil
+		})
+		if err := ignoreNotFound(err); err != nil {
+			return err
+		}
+		for _, i := range infos {
+			id, _, _, err := storage.GetInfo(ctx, i.Name)
+			if err != nil {
+				return err
+			}
+			parents, err := chain(ctx, i.Name)
+			if err != nil {
+				return err
+			}
+			tree[id] = node{kind: i.Kind, parents: parents}
+		}
+		return nil
+	})
+	return tree, err
+}
+
+// recover puts the disk in order after a crash, before anybody else looks at
+// it: mounts without a snapshot go, half-made files go, an extraction that did
+// not end starts over.
+func (s *Snapshotter) recover(ctx context.Context, tree map[string]node) error {
+	names, err := s.unknown(func(name string) bool { _, ok := tree[name]; return ok })
+	if err != nil {
+		return err
+	}
+	for _, name := range names {
+		if err := s.discard(ctx, name); err != nil {
+			return fmt.Errorf("snapshot %s, which is not in the database: %w", name, err)
+		}
+	}
+	for id, n := range tree {
+		if err := s.repair(id, n); err != nil {
+			return fmt.Errorf("snapshot %s: %w", id, err)
+		}
+	}
+	return nil
+}
+
+// repair looks at one snapshot of the database.
+func (s *Snapshotter) repair(id string, n node) error {
+	if n.kind == snapshots.KindView {
+		return nil
+	}
+	if !exists(s.dir(id)) {
+		// Lost with the power: an empty active snapshot can be made again.
+		if n.kind != snapshots.KindActive {
+			return nil // first use says so
+		}
+		return s.makeFolders(storage.Snapshot{ID: id, Kind: n.kind, ParentIDs: n.parents})
+	}
+	if err := s.removeTemporary(id); err != nil {
+		return err
+	}
+	if exists(s.extracting(id)) {
+		if err := s.rollBack(id, n.kind); err != nil {
+			return err
+		}
+	}
+	if !s.isTar(id) && s.mounted(id) {
+		return s.unmount(id)
+	}
+	return nil
+}
+
+// rollBack undoes an extraction that a crash interrupted, if it did: without
+// its source it was complete.
+func (s *Snapshotter) rollBack(id string, kind snapshots.Kind) error {
+	if s.isTar(id) || exists(s.pending(id)) {
+		if exists(s.upper(id)) {
+			if err := clearDir(s.upper(id)); err != nil {
+				return err
+			}
+		}
+		if kind == snapshots.KindActive && !s.isTar(id) {
+			// Its Apply never returned, so nobody counts on the layer.
+			if err := errors.Join(removeFile(s.pending(id)), removeFile(s.record(id))); err != nil {
+				return err
+			}
+		}
+	}
+	return removeFile(s.extracting(id))
+}
+
+// resume starts what the worker has to do for committed snapshots.
+func (s *Snapshotter) resume(ctx context.Context, tree map[string]node) {
+	started := 0
+	for id, n := range tree {
+		if n.kind == snapshots.KindCommitted && !s.isReady(id) {
+			s.schedule(id, n.parents)
+			started++
+		}
+	}
+	if started > 0 {
+		log.G(ctx).WithField("layers", started).Info("snapshotter: mounting committed layers")
+	}
+}

@@ -1,0 +1,235 @@
+package snapshotter
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"syscall"
+	"time"
+
+	"github.com/containerd/containerd/v2/core/mount"
+	"github.com/containerd/containerd/v2/core/snapshots"
+	"github.com/containerd/containerd/v2/core/snapshots/storage"
+	"github.com/containerd/containerd/v2/pkg/namespaces"
+	"github.com/containerd/errdefs"
+	"github.com/containerd/log"
+)
+
+// Prepare creates an active snapshot. Its mounts are writable. It waits only
+// for layers of the chain that are not mounted yet.
+func (s *Snapshotter) Prepare(ctx context.Context, key, parent string, opts ...snapshots.Opt) ([]mount.Mount, error) {
+	mounts, labels, err := s.create(ctx, snapshots.KindActive, key, parent, opts)
+	if err != nil {
+		return nil, err
+	}
+	if s.observer != nil {
+		ns, _ := namespaces.Namespace(ctx)
+		s.observer.Prepared(ns, key, labels)
+	}
+	return mounts, nil
+}
+
+// View creates a read-only snapshot.
+func (s *Snapshotter) View(ctx context.Context, key, parent string, opts ...snapshots.Opt) ([]mount.Mount, error) {
+	mounts, _, err := s.create(ctx, snapshots.KindView, key, parent, opts)
+	return mounts, err
+}
+
+func (s *Snapshotter) create(ctx context.Context, kind snapshots.Kind, key, parent string, opts []snapshots.Opt) ([]mount.Mount, map[string]string, error) {
+	var base snapshots.Info
+	for _, o := range opts {
+		if err := o(&base); err != nil {
+			return nil, nil, err
+		}
+	}
+	_, uid := base.Labels[snapshots.LabelSnapshotUIDMapping]
+	_, gid := base.Labels[snapshots.LabelSnapshotGIDMapping]
+	if uid || gid {
+		return nil, nil, fmt.Errorf("snapshot %s: %w", key, ErrIDMapped)
+	}
+	var snap storage.Snapshot
+	err := s.ms.WithTransaction(ctx, true, func(ctx context.Context) (err error) {
+		snap, err = storage.CreateSnapshot(ctx, kind, key, parent, opts...)
+		if err != nil {
+			return fmt.Errorf("create snapshot %s: %w", key, err)
+		}
+		return s.makeFolders(snap)
+	})
+	if err != nil {
+		return nil, nil, err
+	}
+	mounts, err := s.present(ctx, snap)
+	if err != nil {
+		return nil, nil, errors.Join(fmt.Errorf("snapshot %s: %w", key, err), s.abandon(context.WithoutCancel(ctx), key, snap.ID))
+	}
+	return mounts, base.Labels, nil
+}
+
+// makeFolders runs inside the transaction that gave the snapshot its id, so no
+// Cleanup sees the folder without the record, and an id that a rolled back
+// transaction hands out again finds no folder of its own.
+func (s *Snapshotter) makeFolders(snap storage.Snapshot) (err error) {
+	if snap.Kind == snapshots.KindView && len(snap.ParentIDs) > 0 {
+		return nil
+	}
+	dir := s.dir(snap.ID)
+	err = os.Mkdir(dir, 0o700)
+	if errors.Is(err, fs.ErrExist) {
+		// Left by a transaction that was never committed; Cleanup deletes it.
+		if err = os.Rename(dir, fmt.Sprintf("%s.stale%d", dir, time.Now().UnixNano())); err == nil {
+			err = os.Mkdir(dir, 0o700)
+		}
+	}
+	if err != nil {
+		return err
+	}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, os.RemoveAll(dir))
+		}
+	}()
+	if err := s.makeUpper(snap.ID, snap.ParentIDs); err != nil {
+		return err
+	}
+	if snap.Kind == snapshots.KindActive {
+		return os.Mkdir(s.workdir(snap.ID), 0o711)
+	}
+	return nil
+}
+
+// makeUpper makes the directory whose attributes the root of the overlay shows.
+// A tar layer's root belongs to 0:0; a directory layer's owner is inherited,
+// as containerd's overlay snapshotter does.
+func (s *Snapshotter) makeUpper(id string, parents []string) error {
+	upper := s.upper(id)
+	if err := os.Mkdir(upper, 0o755); err != nil && !errors.Is(err, fs.ErrExist) {
+		return err
+	}
+	if err := os.Chmod(upper, 0o755); err != nil { // whatever the umask is
+		return err
+	}
+	if len(parents) == 0 || s.isTar(parents[0]) {
+		return nil
+	}
+	fi, err := os.Stat(s.upper(parents[0]))
+	if err != nil {
+		return fmt.Errorf("parent: %w", err)
+	}
+	st, ok := fi.Sys().(*syscall.Stat_t)
+	if !ok || (st.Uid == 0 && st.Gid == 0) {
+		return nil
+	}
+	return os.Lchown(upper, int(st.Uid), int(st.Gid))
+}
+
+// abandon takes back a snapshot whose mounts could not be had.
+func (s *Snapshotter) abandon(ctx context.Context, key, id string) error {
+	if err := s.Remove(ctx, key); err != nil {
+		return err
+	}
+	return s.discard(ctx, id)
+}
+
+// Mounts returns the mounts of an active snapshot or a view. It may wait for
+// layers that are not mounted yet. An active snapshot that adopted a layer is
+// turned into a plain directory first: whoever asks for its mounts wants to see
+// and change what is in it.
+func (s *Snapshotter) Mounts(ctx context.Context, key string) ([]mount.Mount, error) {
+	var snap storage.Snapshot
+	err := s.ms.WithTransaction(ctx, false, func(ctx context.Context) (err error) {
+		snap, err = storage.GetSnapshot(ctx, key)
+		return err
+	})
+	if err != nil {
+		return nil, fmt.Errorf("mounts of snapshot %s: %w", key, err)
+	}
+	if snap.Kind == snapshots.KindActive && s.isTar(snap.ID) {
+		if err := s.materialise(ctx, snap); err != nil {
+			return nil, fmt.Errorf("extract the layer of snapshot %s: %w", key, err)
+		}
+	}
+	mounts, err := s.present(ctx, snap)
+	if err != nil {
+		return nil, fmt.Errorf("mounts of snapshot %s: %w", key, err)
+	}
+	return mounts, nil
+}
+
+// present makes sure that all lowers are visible and returns the mounts.
+func (s *Snapshotter) present(ctx context.Context, snap storage.Snapshot) ([]mount.Mount, error) {
+	if err := s.ready(ctx, snap.ParentIDs); err != nil {
+		return nil, err
+	}
+	return view{
+		kind: snap.Kind, upper: s.upper(snap.ID), work: s.workdir(snap.ID),
+		lowers: s.lowers(snap.ParentIDs), options: s.overlay,
+	}.mounts(), nil
+}
+
+func (l layout) lowers(ids []string) []string {
+	paths := make([]string, len(ids))
+	for i, id := range ids {
+		paths[i] = l.lower(id)
+	}
+	return paths
+}
+
+// Commit turns an active snapshot into a committed one called name. containerd
+// holds its own database meanwhile, so Commit does one transaction and a few
+// stats; a parent given with snapshots.WithParent is taken for an active
+// snapshot that has none. The worker does the rest: the index of a layer whose
+// implied directories needed the parent, its mount, a directory's usage.
+func (s *Snapshotter) Commit(ctx context.Context, name, key string, opts ...snapshots.Opt) error {
+	var id string
+	var parents []string
+	err := s.ms.WithTransaction(ctx, true, func(ctx context.Context) (err error) {
+		if id, _, _, err = storage.GetInfo(ctx, key); err != nil {
+			return err
+		}
+		unlock, ok := s.locks.tryLock(id)
+		if !ok {
+			return fmt.Errorf("a layer is still being applied to it: %w", errdefs.ErrUnavailable)
+		}
+		defer unlock()
+		usage, err := s.commitUsage(id)
+		if err != nil {
+			return err
+		}
+		if _, err = storage.CommitActive(ctx, key, name, usage, opts...); err != nil {
+			return err
+		}
+		parents, err = chain(ctx, name)
+		return err
+	})
+	if err != nil {
+		return fmt.Errorf("commit snapshot %s: %w", key, err)
+	}
+	if s.isTar(id) || exists(s.pending(id)) {
+		s.schedule(id, parents)
+		return nil
+	}
+	if err := s.work.submit(func(ctx context.Context) { s.measure(ctx, id) }); err != nil {
+		log.G(ctx).WithError(err).WithField("snapshot", id).Debug("snapshotter: usage is computed when asked for")
+	}
+	return nil
+}
+
+// chain returns the ids of a snapshot's ancestors, nearest first. The context
+// holds a transaction.
+func chain(ctx context.Context, name string) ([]string, error) {
+	_, info, _, err := storage.GetInfo(ctx, name)
+	if err != nil {
+		return nil, err
+	}
+	var ids []string
+	for info.Parent != "" {
+		var id string
+		if id, info, _, err = storage.GetInfo(ctx, info.Parent); err != nil {
+			return nil, err
+		}
+		ids = append(ids, id)
+	}
+	return ids, nil
+}

@@ -1,0 +1,137 @@
+package snapshotter
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"time"
+
+	"github.com/containerd/errdefs"
+	"golang.org/x/sys/unix"
+)
+
+// mountLayer mounts a tar layer whose index is in order. The caller holds the
+// lock of id.
+func (s *Snapshotter) mountLayer(ctx context.Context, id string) error {
+	a, err := s.readRecord(id)
+	if err != nil {
+		return err
+	}
+	fi, err := os.Stat(s.layer(id))
+	if err != nil {
+		return err
+	}
+	// A tar that was cut short mounts, and fails when it is read.
+	if fi.Size() != a.size {
+		return fmt.Errorf("layer file %s has %d bytes instead of %d; remove the image and pull it again: %w", a.diffID, fi.Size(), a.size, errdefs.ErrDataLoss)
+	}
+	if err := os.Mkdir(s.mountpoint(id), 0o755); err != nil && !errors.Is(err, fs.ErrExist) {
+		return err
+	}
+	return mountTar(ctx, s.mode, s.index(id), s.layer(id), s.mountpoint(id))
+}
+
+// mountTar mounts index with layer as its device.
+func mountTar(ctx context.Context, mode Mode, index, layer, target string) error {
+	if mode == ModeLoop {
+		i, err := attachLoop(ctx, index)
+		if err != nil {
+			return err
+		}
+		// The mount keeps the devices; without it they go with these handles.
+		defer i.Close()
+		l, err := attachLoop(ctx, layer)
+		if err != nil {
+			return err
+		}
+		defer l.Close()
+		index, layer = i.Name(), l.Name()
+	}
+	if err := unix.Mount(index, target, "erofs", unix.MS_RDONLY, "device="+layer); err != nil {
+		return fmt.Errorf("mount %s with device %s on %s: %w", index, layer, target, err)
+	}
+	return nil
+}
+
+// unmount takes away all that is mounted at the mount point of a snapshot, and
+// the mount point. Containers go on: an overlay holds its lowers itself.
+func (s *Snapshotter) unmount(id string) error {
+	if err := unmountAll(s.mountpoint(id)); err != nil {
+		return err
+	}
+	return removeFile(s.mountpoint(id))
+}
+
+func unmountAll(target string) error {
+	for {
+		err := unix.Unmount(target, unix.UMOUNT_NOFOLLOW)
+		if errors.Is(err, unix.EBUSY) {
+			// Somebody has a file open; the kernel finishes when they close it.
+			err = unix.Unmount(target, unix.UMOUNT_NOFOLLOW|unix.MNT_DETACH)
+		}
+		switch {
+		case errors.Is(err, unix.EINVAL), errors.Is(err, unix.ENOENT):
+			return nil // no (more) mount there
+		case err != nil:
+			return fmt.Errorf("unmount %s: %w", target, err)
+		}
+	}
+}
+
+const (
+	loopControl  = "/dev/loop-control"
+	loopAttempts = 64
+	loopPause    = 5 * time.Millisecond
+)
+
+// attachLoop makes a read-only loop device with 512-byte blocks. The kernel
+// detaches it when the last user, handle or mount, is gone: nothing can leak,
+// not even when the process is killed in between.
+func attachLoop(ctx context.Context, file string) (*os.File, error) {
+	backing, err := os.Open(file)
+	if err != nil {
+		return nil, err
+	}
+	defer backing.Close()
+	control, err := os.OpenFile(loopControl, os.O_RDWR|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return nil, err
+	}
+	defer control.Close()
+	for range loopAttempts {
+		dev, err := tryLoop(control, backing)
+		if err == nil {
+			return dev, nil
+		}
+		if !errors.Is(err, unix.EBUSY) {
+			return nil, fmt.Errorf("loop device for %s: %w", file, err)
+		}
+		// Another process took the free device first.
+		select {
+		case <-time.After(loopPause):
+		case <-ctx.Done():
+			return nil, context.Cause(ctx)
+		}
+	}
+	return nil, fmt.Errorf("loop device for %s: none stays free: %w", file, errdefs.ErrUnavailable)
+}
+
+func tryLoop(control, backing *os.File) (*os.File, error) {
+	n, err := unix.IoctlRetInt(int(control.Fd()), unix.LOOP_CTL_GET_FREE)
+	if err != nil {
+		return nil, err
+	}
+	dev, err := os.Open(fmt.Sprintf("/dev/loop%d", n))
+	if err != nil {
+		return nil, err
+	}
+	config := unix.LoopConfig{Fd: uint32(backing.Fd()), Size: 512}
+	config.Info.Flags = unix.LO_FLAGS_READ_ONLY | unix.LO_FLAGS_AUTOCLEAR
+	copy(config.Info.File_name[:len(config.Info.File_name)-1], backing.Name())
+	if err := unix.IoctlLoopConfigure(int(dev.Fd()), &config); err != nil {
+		return nil, errors.Join(err, dev.Close())
+	}
+	return dev, nil
+}

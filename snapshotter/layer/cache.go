@@ -1,0 +1,316 @@
+// Package layer turns the uncompressed tar of an image layer into one sparse
+// file, and knows the tree of files that the tar describes.
+//
+// A layer file is the tar itself, byte for byte, named by its DiffID: sha256sum
+// of the file prints its name. Runs of zero pages are never written. While it is
+// written it is hashed and scanned, so that when the stream ends the file is
+// verified and its Table is complete; no data is read twice or moved.
+//
+// A Table is what containerd's archive.Apply would have made of the tar in the
+// upper directory of an overlay, as nodes in memory that point into the tar. It
+// is derived data and is made again from the file when it is not in memory.
+//
+// On disk, below the root of a Cache:
+//
+//	sha256/<hex of the DiffID>       layer files; more than one link: in use
+//	blobs/<algorithm>/<hex>          of a compressed blob: symlink to its layer file
+//	tmp/                             files being written; removed by Open
+//
+// One process owns a root at a time.
+package layer
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"sync"
+	"time"
+
+	"github.com/containerd/errdefs"
+	"github.com/opencontainers/go-digest"
+	"golang.org/x/sys/unix"
+)
+
+// Options of a Cache. Zero values are the defaults.
+type Options struct {
+	// TableEntries is how many tar members the tables kept in memory may have
+	// together (default 500,000, at about 250 bytes each). A single table above
+	// it is not kept.
+	TableEntries int
+}
+
+const defaultTableEntries = 500_000
+
+// Layer is one layer file.
+type Layer struct {
+	// DiffID is the SHA-256 of the file.
+	DiffID digest.Digest
+	// Size is the length of the file in bytes, holes included.
+	Size int64
+	// Path is where the cache has the file. It may be swept unless pinned.
+	Path string
+	// Table is the tree that the tar describes.
+	Table *Table
+	// Existed says that Write found the layer in the cache already.
+	Existed bool
+	// Timings are those of Write, zero for a layer from Get.
+	Timings Timings
+}
+
+// Cache holds the layer files of one folder. It is safe for concurrent use.
+type Cache struct {
+	root   string
+	tables *tableCache
+	prefix int
+
+	mu   sync.Mutex // held while a layer file gets its name or loses it
+	pins map[digest.Digest]int
+}
+
+// Open opens the cache in root, creating it if needed, and removes what an
+// earlier process left unfinished.
+func Open(root string, o Options) (*Cache, error) {
+	if o.TableEntries == 0 {
+		o.TableEntries = defaultTableEntries
+	}
+	if o.TableEntries < 0 {
+		return nil, fmt.Errorf("table entries %d: %w", o.TableEntries, errdefs.ErrInvalidArgument)
+	}
+	c := &Cache{
+		root:   root,
+		tables: newTableCache(o.TableEntries),
+		prefix: len(defaultPrefix),
+		pins:   make(map[digest.Digest]int),
+	}
+	if err := os.RemoveAll(c.tmpDir()); err != nil {
+		return nil, fmt.Errorf("unfinished layer files: %w", err)
+	}
+	for _, dir := range []string{c.layerDir(), c.blobDir(digest.SHA256), c.tmpDir()} {
+		if err := os.MkdirAll(dir, 0o700); err != nil {
+			return nil, fmt.Errorf("layer cache: %w", err)
+		}
+	}
+	return c, nil
+}
+
+func (c *Cache) layerDir() string { return filepath.Join(c.root, "sha256") }
+func (c *Cache) tmpDir() string   { return filepath.Join(c.root, "tmp") }
+
+// path names the file of a DiffID, which is valid afterwards. Only SHA-256 has
+// layer files.
+func (c *Cache) path(diffID digest.Digest) (string, error) {
+	if err := diffID.Validate(); err != nil {
+		return "", fmt.Errorf("DiffID %q: %w: %w", diffID, err, errdefs.ErrInvalidArgument)
+	}
+	if diffID.Algorithm() != digest.SHA256 {
+		return "", fmt.Errorf("layer %s: only sha256 is kept: %w", diffID, errdefs.ErrNotFound)
+	}
+	return filepath.Join(c.layerDir(), diffID.Encoded()), nil
+}
+
+// Write makes the layer file of an uncompressed tar stream. When it returns,
+// file and name are durable. progress, if not nil, is called from another
+// goroutine with the bytes written so far. A layer that the cache has already
+// is kept as it is. What r fails with is passed on; a tar that containerd would
+// refuse gives errdefs.ErrInvalidArgument. A Read of r that blocks must end
+// when ctx does. Pin the DiffID first, if it is known and Sweep may run.
+func (c *Cache) Write(ctx context.Context, r io.Reader, progress func(written int64)) (_ *Layer, err error) {
+	start := time.Now()
+	f, err := os.CreateTemp(c.tmpDir(), "layer-")
+	if err != nil {
+		return nil, fmt.Errorf("layer file: %w", err)
+	}
+	defer func() {
+		_ = f.Close() // publish has reported what it finds
+		if rerr := os.Remove(f.Name()); rerr != nil && !errors.Is(rerr, fs.ErrNotExist) {
+			err = errors.Join(err, rerr)
+		}
+	}()
+	p := &pipeline{in: r, file: f, progress: progress, prefix: c.prefix}
+	if err := p.run(ctx); err != nil {
+		return nil, err
+	}
+	l := &Layer{DiffID: p.diffID, Size: p.size, Table: p.table}
+	synced := time.Now()
+	if err := c.publish(f, l); err != nil {
+		return nil, fmt.Errorf("layer %s: %w", l.DiffID, err)
+	}
+	l.Timings = p.timings
+	l.Timings.Sync = time.Since(synced)
+	l.Timings.Total = time.Since(start)
+	c.tables.put(l.DiffID, l.Table)
+	return l, nil
+}
+
+// publish gives the finished file its name, durably.
+func (c *Cache) publish(f *os.File, l *Layer) (err error) {
+	if l.Path, err = c.path(l.DiffID); err != nil {
+		return err
+	}
+	if l.Existed = c.adopt(l); !l.Existed {
+		if err := f.Chmod(0o600); err != nil {
+			return err
+		}
+		if err := f.Sync(); err != nil {
+			return fmt.Errorf("sync layer file: %w", err)
+		}
+		if err := f.Close(); err != nil {
+			return err
+		}
+		if err := c.rename(f.Name(), l); err != nil {
+			return err
+		}
+	}
+	return syncDir(c.layerDir())
+}
+
+func (c *Cache) rename(tmp string, l *Layer) error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if l.Existed = c.adoptLocked(l); l.Existed {
+		return nil // another Write of the same layer was faster
+	}
+	return os.Rename(tmp, l.Path)
+}
+
+func (c *Cache) adopt(l *Layer) bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.adoptLocked(l)
+}
+
+// adoptLocked reports whether the file is there in full, and makes it young for
+// Sweep. Snapshots link the inode, so a good one must not be replaced.
+func (c *Cache) adoptLocked(l *Layer) bool {
+	fi, err := os.Lstat(l.Path)
+	if err != nil || !fi.Mode().IsRegular() || fi.Size() != l.Size {
+		return false
+	}
+	return unix.UtimesNanoAt(unix.AT_FDCWD, l.Path, nil, 0) == nil
+}
+
+// Get returns a layer of the cache, or errdefs.ErrNotFound. Its table comes
+// from memory or is scanned again from the file; several calls share one scan.
+// Whether the file still hashes to its name is not looked at: see Verify.
+func (c *Cache) Get(ctx context.Context, diffID digest.Digest) (*Layer, error) {
+	path, err := c.path(diffID)
+	if err != nil {
+		return nil, err
+	}
+	fi, err := os.Lstat(path)
+	if err != nil {
+		return nil, notFound(diffID, err)
+	}
+	t, err := c.tables.get(ctx, diffID, func(ctx context.Context) (*Table, error) { return c.rescan(ctx, path) })
+	if err != nil {
+		return nil, notFound(diffID, err)
+	}
+	return &Layer{DiffID: diffID, Size: fi.Size(), Path: path, Table: t}, nil
+}
+
+func notFound(diffID digest.Digest, err error) error {
+	if errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("layer %s: %w", diffID, errdefs.ErrNotFound)
+	}
+	return fmt.Errorf("layer %s: %w", diffID, err)
+}
+
+func (c *Cache) rescan(ctx context.Context, path string) (*Table, error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	// Reading ahead would read the data that the scan steps over.
+	_ = unix.Fadvise(int(f.Fd()), 0, 0, unix.FADV_RANDOM)
+	return scan(ctx, newFileSource(f), c.prefix)
+}
+
+// Verify reads the layer file again and returns errdefs.ErrDataLoss if it does
+// not hash to its name.
+func (c *Cache) Verify(ctx context.Context, diffID digest.Digest) error {
+	path, err := c.path(diffID)
+	if err != nil {
+		return err
+	}
+	f, err := os.Open(path)
+	if err != nil {
+		return notFound(diffID, err)
+	}
+	defer f.Close()
+	got, err := digest.SHA256.FromReader(ctxReader{ctx.Err, f})
+	if err != nil {
+		return fmt.Errorf("layer %s: %w", diffID, err)
+	}
+	if got != diffID {
+		return fmt.Errorf("layer file %s has the digest %s; remove it and pull again: %w", path, got, errdefs.ErrDataLoss)
+	}
+	return nil
+}
+
+// ctxReader ends with a context.
+type ctxReader struct {
+	err func() error
+	r   io.Reader
+}
+
+func (r ctxReader) Read(p []byte) (int, error) {
+	if err := r.err(); err != nil {
+		return 0, err
+	}
+	return r.r.Read(p)
+}
+
+// Link makes dst a hard link of the layer file. The folder of dst is the
+// caller's to sync. errdefs.ErrNotFound: no such layer; errdefs.ErrAlreadyExists:
+// dst exists.
+func (c *Cache) Link(diffID digest.Digest, dst string) error {
+	path, err := c.path(diffID)
+	if err != nil {
+		return err
+	}
+	err = os.Link(path, dst)
+	if errors.Is(err, fs.ErrExist) {
+		return fmt.Errorf("layer %s: %s: %w", diffID, dst, errdefs.ErrAlreadyExists)
+	}
+	if errors.Is(err, fs.ErrNotExist) {
+		if _, serr := os.Lstat(path); serr == nil {
+			return fmt.Errorf("layer %s: %w", diffID, err) // the folder of dst
+		}
+	}
+	if err != nil {
+		return notFound(diffID, err)
+	}
+	return nil
+}
+
+// Pin keeps Sweep from the layer until unpin, which may be called more than
+// once. The layer need not exist yet.
+func (c *Cache) Pin(diffID digest.Digest) (unpin func()) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.pins[diffID]++
+	return sync.OnceFunc(func() {
+		c.mu.Lock()
+		defer c.mu.Unlock()
+		if c.pins[diffID]--; c.pins[diffID] == 0 {
+			delete(c.pins, diffID)
+		}
+	})
+}
+
+func syncDir(path string) error {
+	d, err := os.Open(path)
+	if err != nil {
+		return err
+	}
+	defer d.Close()
+	if err := d.Sync(); err != nil {
+		return fmt.Errorf("sync folder %s: %w", path, err)
+	}
+	return nil
+}

@@ -1,0 +1,73 @@
+package snapshotter
+
+import (
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/moby/sys/mountinfo"
+	"go.uber.org/goleak"
+)
+
+// TestMain gives the tests a temporary folder of their own, so that a mount, a
+// loop device or a goroutine that one of them leaves is seen at the end.
+func TestMain(m *testing.M) {
+	os.Exit(run(m))
+}
+
+func run(m *testing.M) int {
+	dir, err := os.MkdirTemp("", "gantry-snapshotter-")
+	if err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		return 1
+	}
+	defer os.RemoveAll(dir)
+	if err := os.Setenv("TMPDIR", dir); err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		return 1
+	}
+	code := m.Run()
+	left := append(mountsUnder(dir), loopsUnder(dir)...)
+	for _, l := range left {
+		fmt.Fprintln(os.Stderr, "left behind:", l)
+		code = 1
+	}
+	if code == 0 {
+		if err := goleak.Find(); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			code = 1
+		}
+	}
+	return code
+}
+
+func mountsUnder(dir string) []string {
+	infos, err := mountinfo.GetMounts(mountinfo.PrefixFilter(dir))
+	if err != nil {
+		return []string{err.Error()}
+	}
+	var left []string
+	for i := len(infos) - 1; i >= 0; i-- {
+		left = append(left, infos[i].Mountpoint)
+		if err := unmountAll(infos[i].Mountpoint); err != nil {
+			left = append(left, err.Error())
+		}
+	}
+	return left
+}
+
+func loopsUnder(dir string) []string {
+	files, err := filepath.Glob("/sys/block/loop*/loop/backing_file")
+	if err != nil {
+		return []string{err.Error()}
+	}
+	var left []string
+	for _, f := range files {
+		if b, err := os.ReadFile(f); err == nil && strings.HasPrefix(string(b), dir) {
+			left = append(left, f+": "+strings.TrimSpace(string(b)))
+		}
+	}
+	return left
+}

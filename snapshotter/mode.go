@@ -1,0 +1,113 @@
+package snapshotter
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+
+	"github.com/containerd/errdefs"
+	"golang.org/x/sys/unix"
+
+	"github.com/gantryd/gantry/snapshotter/erofs"
+)
+
+// Mode says how layers become visible.
+type Mode string
+
+const (
+	// ModeAuto takes the first of the following that works.
+	ModeAuto Mode = "auto"
+	// ModeFile mounts index and tar as files (Linux 6.12 and later).
+	ModeFile Mode = "file"
+	// ModeLoop mounts them as two loop devices with 512-byte blocks.
+	ModeLoop Mode = "loop"
+	// ModeDirectory extracts layers into directories.
+	ModeDirectory Mode = "directory"
+)
+
+// chooseMode tries what is asked for by mounting a tiny layer in root: kernel
+// and file system both have a say, so no version is compared.
+func chooseMode(ctx context.Context, root string, want Mode) (Mode, string, error) {
+	switch want {
+	case ModeDirectory:
+		return want, "configured", nil
+	case ModeFile, ModeLoop:
+		if err := probe(ctx, root, want); err != nil {
+			return "", "", fmt.Errorf("mount mode %q does not work in %s: %w", want, root, err)
+		}
+		return want, "configured", nil
+	case ModeAuto, "":
+	default:
+		return "", "", fmt.Errorf("mount mode %q is none of auto, file, loop, directory: %w", want, errdefs.ErrInvalidArgument)
+	}
+	file := probe(ctx, root, ModeFile)
+	if file == nil {
+		return ModeFile, "the kernel mounts EROFS from files here", nil
+	}
+	loop := probe(ctx, root, ModeLoop)
+	if loop == nil {
+		return ModeLoop, fmt.Sprintf("EROFS mounts from loop devices, but not from files (%v)", file), nil
+	}
+	if err := context.Cause(ctx); err != nil {
+		return "", "", err
+	}
+	return ModeDirectory, fmt.Sprintf("EROFS mounts neither from files (%v) nor from loop devices (%v)", file, loop), nil
+}
+
+// probe mounts a layer of one file and reads it through both of its parts.
+func probe(ctx context.Context, root string, mode Mode) (err error) {
+	dir := filepath.Join(root, "probe")
+	if err := removeProbe(root); err != nil { // of a process that was killed
+		return err
+	}
+	defer func() { err = errors.Join(err, removeProbe(root)) }()
+	mnt := filepath.Join(dir, "mnt")
+	if err := os.MkdirAll(mnt, 0o700); err != nil {
+		return err
+	}
+	want := bytes.Repeat([]byte("gantry"), erofs.BlockSize/6+1)[:erofs.BlockSize]
+	data := append(make([]byte, erofs.BlockSize), want...)
+	layer, index := filepath.Join(dir, "layer"), filepath.Join(dir, "index")
+	if err := os.WriteFile(layer, data, 0o600); err != nil {
+		return err
+	}
+	if err := writeProbe(index, data); err != nil {
+		return err
+	}
+	if err := mountTar(ctx, mode, index, layer, mnt); err != nil {
+		return err
+	}
+	got, err := os.ReadFile(filepath.Join(mnt, "probe"))
+	if err != nil {
+		return err
+	}
+	if !bytes.Equal(got, want) {
+		return fmt.Errorf("the mount shows wrong data: %w", errdefs.ErrDataLoss)
+	}
+	return nil
+}
+
+func writeProbe(name string, layer []byte) error {
+	file := &erofs.Inode{
+		Mode: unix.S_IFREG | 0o644, Size: erofs.BlockSize,
+		Data: []erofs.Extent{{Len: erofs.BlockSize, DevOff: erofs.BlockSize}},
+	}
+	root := &erofs.Inode{Mode: unix.S_IFDIR | 0o755, Children: []erofs.Dirent{{Name: "probe", Inode: file}}}
+	f, err := os.Create(name)
+	if err != nil {
+		return err
+	}
+	err = erofs.Write(f, root, erofs.Device{ReaderAt: bytes.NewReader(layer), Size: int64(len(layer))})
+	return errors.Join(err, f.Close())
+}
+
+func removeProbe(root string) error {
+	dir := filepath.Join(root, "probe")
+	if err := unmountAll(filepath.Join(dir, "mnt")); err != nil {
+		return err
+	}
+	return os.RemoveAll(dir)
+}

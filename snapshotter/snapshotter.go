@@ -1,0 +1,257 @@
+// Package snapshotter keeps container root file systems: containerd's
+// snapshots.Snapshotter over layers that are mounted where they lie.
+//
+// A committed snapshot is one of two kinds. A tar layer is a hard link to the
+// layer's uncompressed tar (`layer`) beside a small EROFS image of metadata
+// (`index`), mounted once at mnt/<id> for all containers. A directory layer is
+// a plain directory (`upper`): what a container wrote, or any layer on a host
+// whose kernel cannot mount the first kind. Chains mix both.
+//
+// Names, parents and labels are kept by containerd's core/snapshots/storage in
+// metadata.db. Everything else about a snapshot is read from its folder, so it
+// survives a restart:
+//
+//	snapshots/<id>/upper, work  where a container or a differ writes
+//	snapshots/<id>/layer        adopted: the tar (hard link)
+//	snapshots/<id>/diffid       adopted: digest and size of the tar
+//	snapshots/<id>/index        derived from the tar, with a checksum; never synced
+//	snapshots/<id>/pending      extracted before the parent was known (hard link to the tar)
+//	snapshots/<id>/extracting   marks an extraction under way
+//	snapshots/<id>/usage        blocks and inodes of a directory layer
+//	mnt/<id>                    where the tar layer is mounted
+//
+// containerd's garbage collection waits behind Prepare, View, Commit and
+// Remove, so these do one database transaction and, for a missing mount, one
+// mount(2). What takes longer is done by Adopt, before Commit, or by a worker,
+// after it.
+package snapshotter
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/containerd/containerd/v2/core/snapshots"
+	"github.com/containerd/containerd/v2/core/snapshots/storage"
+	"github.com/containerd/containerd/v2/plugins/snapshots/overlay/overlayutils"
+	"github.com/containerd/errdefs"
+	"github.com/containerd/log"
+	bolt "go.etcd.io/bbolt"
+
+	"github.com/gantryd/gantry/snapshotter/layer"
+)
+
+// defaultKeepLayers is how long a layer file waits for its first snapshot.
+const defaultKeepLayers = 10 * time.Minute
+
+// databaseWait bounds the wait for the lock on metadata.db, which another
+// gantryd on the same root would hold.
+const databaseWait = 2 * time.Second
+
+// ErrIDMapped is returned by Prepare and View for a snapshot with
+// containerd.io/snapshot/uidmapping or gidmapping labels. containerd sends them
+// only to snapshotters that declare the capability remap-ids; for others its
+// client makes a copy with changed owners, which works here.
+var ErrIDMapped = fmt.Errorf("id-mapped snapshots are not supported (do not declare the capability remap-ids): %w", errdefs.ErrNotImplemented)
+
+// Observer is told about snapshots.
+type Observer interface {
+	// Prepared is called once for each successful Prepare, with the namespace
+	// of the request, the key and the labels. It must not block.
+	Prepared(namespace, key string, labels map[string]string)
+}
+
+// Options of a Snapshotter. The zero value is ready to use.
+type Options struct {
+	// Mount is how layers become visible; empty means ModeAuto.
+	Mount Mode
+	// Observer may be nil.
+	Observer Observer
+	// KeepLayers is how long Cleanup keeps a layer file that no snapshot links;
+	// zero means 10 minutes.
+	KeepLayers time.Duration
+}
+
+// Snapshotter implements containerd's snapshots.Snapshotter and
+// snapshots.Cleaner. Its methods may be called concurrently.
+type Snapshotter struct {
+	layout
+	ms       *storage.MetaStore
+	layers   *layer.Cache
+	observer Observer
+	keep     time.Duration
+	mode     Mode
+	reason   string
+	overlay  []string
+
+	locks   keyLocks
+	work    *worker
+	cleanMu chan struct{}
+
+	closeOnce sync.Once
+	closeErr  error
+}
+
+var (
+	_ snapshots.Snapshotter = (*Snapshotter)(nil)
+	_ snapshots.Cleaner     = (*Snapshotter)(nil)
+)
+
+// New opens the snapshotter in root, which it creates if needed. It removes what
+// a crash has left (folders and mounts without a snapshot), and starts to
+// mount all committed layers; it does not wait for them. The caller keeps
+// layers open until Close has returned.
+func New(ctx context.Context, root string, layers *layer.Cache, o Options) (_ *Snapshotter, retErr error) {
+	root, err := prepareRoot(root)
+	if err != nil {
+		return nil, err
+	}
+	s := &Snapshotter{
+		layout: layout{root: root}, layers: layers,
+		observer: o.Observer, keep: o.KeepLayers, cleanMu: make(chan struct{}, 1),
+	}
+	if s.keep == 0 {
+		s.keep = defaultKeepLayers
+	}
+	s.ms, err = storage.NewMetaStore(filepath.Join(root, "metadata.db"), func(o *bolt.Options) error {
+		o.Timeout = databaseWait
+		return nil
+	})
+	if err != nil {
+		return nil, fmt.Errorf("snapshots in %s: %w", root, err)
+	}
+	defer func() {
+		if retErr != nil {
+			retErr = errors.Join(retErr, s.ms.Close())
+		}
+	}()
+	tree, err := s.loadTree(ctx)
+	if err != nil {
+		return nil, fmt.Errorf("open %s/metadata.db (does another gantryd use this root?): %w", root, err)
+	}
+	if s.mode, s.reason, err = chooseMode(ctx, root, o.Mount); err != nil {
+		return nil, err
+	}
+	log.G(ctx).WithField("mode", s.mode).WithField("reason", s.reason).Info("snapshotter: how layers are mounted")
+	s.overlay = overlayOptions(ctx, root)
+	if err := s.recover(ctx, tree); err != nil {
+		return nil, err
+	}
+	s.work = newWorker(ctx)
+	s.resume(ctx, tree)
+	return s, nil
+}
+
+// prepareRoot creates the folders and returns root without symlinks, because
+// mounts are compared by path.
+func prepareRoot(root string) (string, error) {
+	abs, err := filepath.Abs(root)
+	if err != nil {
+		return "", err
+	}
+	for _, d := range []string{"snapshots", "mnt"} {
+		if err := os.MkdirAll(filepath.Join(abs, d), 0o700); err != nil {
+			return "", err
+		}
+	}
+	abs, err = filepath.EvalSymlinks(abs)
+	if err != nil {
+		return "", err
+	}
+	// These characters separate or quote mount options.
+	if i := strings.IndexAny(abs, ",:\\\"\n"); i >= 0 {
+		return "", fmt.Errorf("snapshot root %q: overlay mount options cannot hold %q in a path: %w", abs, abs[i], errdefs.ErrInvalidArgument)
+	}
+	return abs, nil
+}
+
+// overlayOptions returns the options that every overlay mount gets.
+func overlayOptions(ctx context.Context, root string) []string {
+	var options []string
+	user, err := overlayutils.NeedsUserXAttr(root)
+	if err != nil {
+		log.G(ctx).WithError(err).Warnf("snapshotter: cannot tell whether overlay needs userxattr, taking %v", user)
+	}
+	if user {
+		options = append(options, "userxattr")
+	}
+	if _, err := os.Stat("/sys/module/overlay/parameters/index"); err == nil {
+		// A lower layer is shared by many overlays, which an index forbids.
+		options = append(options, "index=off")
+	}
+	return options
+}
+
+// Stat returns the info of the snapshot called key.
+func (s *Snapshotter) Stat(ctx context.Context, key string) (info snapshots.Info, err error) {
+	err = s.ms.WithTransaction(ctx, false, func(ctx context.Context) error {
+		_, info, _, err = storage.GetInfo(ctx, key)
+		return err
+	})
+	return info, err
+}
+
+// Update changes the labels of a snapshot.
+func (s *Snapshotter) Update(ctx context.Context, info snapshots.Info, fieldpaths ...string) (updated snapshots.Info, err error) {
+	err = s.ms.WithTransaction(ctx, true, func(ctx context.Context) error {
+		updated, err = storage.UpdateInfo(ctx, info, fieldpaths...)
+		return err
+	})
+	return updated, err
+}
+
+// Walk calls fn for each snapshot that matches the filters. No transaction is
+// open then, so fn may be slow and may call the snapshotter.
+func (s *Snapshotter) Walk(ctx context.Context, fn snapshots.WalkFunc, filters ...string) error {
+	var infos []snapshots.Info
+	err := s.ms.WithTransaction(ctx, false, func(ctx context.Context) error {
+		return ignoreNotFound(storage.WalkInfo(ctx, func(_ context.Context, i snapshots.Info) error {
+			infos = append(infos, i)
+			return nil
+		}, filters...))
+	})
+	if err != nil {
+		return err
+	}
+	for _, i := range infos {
+		if err := fn(ctx, i); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// Remove takes the snapshot out of the database. Its folder and mount go with
+// the next Cleanup. A snapshot with children gives ErrFailedPrecondition.
+func (s *Snapshotter) Remove(ctx context.Context, key string) error {
+	return s.ms.WithTransaction(ctx, true, func(ctx context.Context) error {
+		if _, _, err := storage.Remove(ctx, key); err != nil {
+			return fmt.Errorf("remove snapshot %s: %w", key, err)
+		}
+		return nil
+	})
+}
+
+// Close stops the worker and closes the database. Mounts stay: containers run
+// on. A second call does nothing.
+func (s *Snapshotter) Close() error {
+	s.closeOnce.Do(func() {
+		s.work.stop()
+		s.closeErr = s.ms.Close()
+	})
+	return s.closeErr
+}
+
+// ignoreNotFound drops the error that storage returns for a database without
+// any snapshot yet.
+func ignoreNotFound(err error) error {
+	if errdefs.IsNotFound(err) {
+		return nil
+	}
+	return err
+}

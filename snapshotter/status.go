@@ -1,0 +1,39 @@
+package snapshotter
+
+import "os"
+
+// Status describes a Snapshotter for people.
+type Status struct {
+	// Mode is how layers become visible, never ModeAuto, and Reason why.
+	Mode   Mode
+	Reason string
+	// TarLayers and Directories count the folders of either kind; active
+	// snapshots are directories until they adopt a layer.
+	TarLayers, Directories int
+	// Mounted counts the tar layers that are mounted now.
+	Mounted int
+	// Busy counts the layers the worker is mounting or writing an index for.
+	Busy int
+}
+
+// Status looks at the disk; it is meant for a command line, not for a loop.
+func (s *Snapshotter) Status() Status {
+	st := Status{Mode: s.mode, Reason: s.reason, Busy: s.work.busy()}
+	entries, err := os.ReadDir(s.snapshotsDir())
+	if err != nil {
+		return st
+	}
+	for _, e := range entries {
+		switch id := e.Name(); {
+		case !isID(id):
+		case s.isTar(id):
+			st.TarLayers++
+			if s.mounted(id) {
+				st.Mounted++
+			}
+		default:
+			st.Directories++
+		}
+	}
+	return st
+}

@@ -1,0 +1,37 @@
+package snapshotter
+
+import (
+	"context"
+	"errors"
+	"path/filepath"
+	"testing"
+
+	"github.com/containerd/containerd/v2/core/snapshots"
+	"github.com/containerd/containerd/v2/core/snapshots/testsuite"
+
+	"github.com/gantryd/gantry/snapshotter/layer"
+)
+
+// TestSuite runs containerd's own conformance suite. Called "overlayfs" because
+// that name tells the suite that directories of a lower layer cannot be renamed,
+// as on any overlay without redirect_dir.
+func TestSuite(t *testing.T) {
+	for _, mode := range []Mode{ModeAuto, ModeLoop, ModeDirectory} {
+		t.Run(string(mode), func(t *testing.T) {
+			testsuite.SnapshotterSuite(t, "overlayfs", func(ctx context.Context, root string) (snapshots.Snapshotter, func() error, error) {
+				layers, err := layer.Open(filepath.Join(root, "layers"), layer.Options{})
+				if err != nil {
+					return nil, nil, err
+				}
+				s, err := New(ctx, root, layers, Options{Mount: mode})
+				if err != nil {
+					return nil, nil, err
+				}
+				return s, func() error {
+					// The suite closes some of them itself.
+					return errors.Join(s.Close())
+				}, nil
+			})
+		})
+	}
+}
