@@ -66,7 +66,7 @@ func (p *Puller) Unpacks() []status.Unpack {
 func (p *Puller) Recent() []status.Layer {
 	p.recent.mu.Lock()
 	defer p.recent.mu.Unlock()
-	all := slices.Clone(p.recent.layers)
+	all := append([]status.Layer{}, p.recent.layers...) // never null in JSON
 	slices.Reverse(all)
 	return all
 }
