@@ -35,6 +35,9 @@ func Write(w io.Writer, root *Inode, layer Device) error {
 	l.writeSuper(s, l.uuid())
 	l.writeInodes(s)
 	l.writeData(s)
+	if want := int64(l.blocks) * BlockSize; s.err == nil && s.off != want {
+		return fmt.Errorf("erofs: image of %d bytes was laid out with %d: %w", s.off, want, errdefs.ErrInternal)
+	}
 	writeTrailer(s)
 	s.flush()
 	return s.err
