@@ -120,10 +120,16 @@ func makeTar(members ...member) []byte {
 	return w.end()
 }
 
-func dir(name string) member          { return member{typ: '5', name: name, mode: 0o755, mtime: 1000} }
-func file(name, data string) member   { return member{typ: '0', name: name, mode: 0o644, mtime: 2000, data: data} }
-func symlink(name, to string) member  { return member{typ: '2', name: name, mode: 0o777, mtime: 3000, link: to} }
-func hardlink(name, to string) member { return member{typ: '1', name: name, mode: 0o600, mtime: 4000, link: to} }
+func dir(name string) member { return member{typ: '5', name: name, mode: 0o755, mtime: 1000} }
+func file(name, data string) member {
+	return member{typ: '0', name: name, mode: 0o644, mtime: 2000, data: data}
+}
+func symlink(name, to string) member {
+	return member{typ: '2', name: name, mode: 0o777, mtime: 3000, link: to}
+}
+func hardlink(name, to string) member {
+	return member{typ: '1', name: name, mode: 0o600, mtime: 4000, link: to}
+}
 
 func xattr(m member, kv ...string) member {
 	m.pax = maps.Clone(m.pax)
