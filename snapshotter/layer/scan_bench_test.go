@@ -36,6 +36,7 @@ func BenchmarkScan(b *testing.B) {
 	runtime.ReadMemStats(&after)
 	b.ReportMetric(float64(after.HeapAlloc-before.HeapAlloc)/entries, "B/entry")
 	runtime.KeepAlive(table)
+	runtime.KeepAlive(tar)
 	if _, err := table.Index(nil); err != nil {
 		b.Fatal(err)
 	}
