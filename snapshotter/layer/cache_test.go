@@ -272,6 +272,15 @@ func TestGetRescans(t *testing.T) {
 			t.Errorf("%s: %v", name, err)
 		}
 	}
+	if err := os.Truncate(written.Path, 1<<20); err != nil {
+		t.Fatal(err)
+	}
+	if c, err = Open(root, Options{}); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := c.Get(t.Context(), written.DiffID); !errdefs.IsDataLoss(err) {
+		t.Errorf("a file that was cut short: %v", err)
+	}
 	if _, err := c.Get(t.Context(), "sha256:../../x"); !errdefs.IsInvalidArgument(err) {
 		t.Errorf("a DiffID that is none: %v", err)
 	}

@@ -157,7 +157,7 @@ func TestRandomTablesEqualContainerd(t *testing.T) {
 	t.Parallel()
 	r := rand.New(rand.NewPCG(1, 2))
 	accepted := 0
-	for range 1500 {
+	for range 1500 { //nolint:paralleltest // they count together
 		data := randomBytes(r, 20+r.IntN(120))
 		t.Run("", func(t *testing.T) {
 			if compare(t, (&choices{data: data}).makeTar()) != nil {

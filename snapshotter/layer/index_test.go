@@ -156,7 +156,7 @@ func TestRandomChainsEqualContainerd(t *testing.T) {
 	t.Parallel()
 	r := rand.New(rand.NewPCG(5, 6))
 	pushed := 0
-	for range 500 {
+	for range 500 { //nolint:paralleltest // they count together
 		var layers [][]byte
 		for range 3 {
 			// Short ones: few of the long ones are accepted.
