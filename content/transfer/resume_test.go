@@ -126,12 +126,12 @@ func damage(t *testing.T, dir string, do func(data, state *os.File) error) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer data.Close()
+	defer func() { _ = data.Close() }()
 	state, err := os.OpenFile(filepath.Join(dir, stateName), os.O_RDWR, 0)
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer state.Close()
+	defer func() { _ = state.Close() }()
 	if err := do(data, state); err != nil {
 		t.Fatal(err)
 	}
