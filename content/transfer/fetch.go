@@ -28,6 +28,7 @@ func (j *job) receive(ctx context.Context, recorded []*check) error {
 	if j.blob.Size == 0 {
 		return nil
 	}
+	j.touch() // waiting for the lock and for our turn was nobody's fault
 	ctx, stop := context.WithCancelCause(ctx)
 	defer stop(nil)
 	watched := make(chan struct{})
@@ -247,9 +248,12 @@ func (j *job) end(ctx context.Context, src *source, s *span, got int64, err erro
 	}
 	j.lastErr = src.failed(got, err)
 	l := log.G(ctx).WithField("digest", j.blob.Digest).WithField("host", src.host.name).WithError(j.lastErr)
-	if src.gone != nil {
-		l.Info("host is not asked for this blob any more")
-	} else {
+	switch {
+	case errors.Is(src.gone, errdefs.ErrFailedPrecondition):
+		l.Warn("host contradicts itself and is not asked for this blob any more")
+	case src.gone != nil:
+		l.Debug("host is not asked for this blob any more")
+	default:
 		l.Debug("connection failed, trying again")
 	}
 	return nil

@@ -206,6 +206,31 @@ func TestRottenBlob(t *testing.T) {
 	}
 }
 
+// TestRottenWhileShared has the rot found by a process that shares a finished blob with another one: it must wait for the
+// other to leave before it writes.
+func TestRottenWhileShared(t *testing.T) {
+	t.Parallel()
+	data, b := randomBlob(5, 3<<20)
+	root := t.TempDir()
+	m1, m2 := newManager(t, root, Options{}), newManager(t, root, Options{})
+	h1 := join(t, m1, b, &fakeSource{host: "a", data: data})
+	wait(t, h1)
+	damage(t, filepath.Dir(dataPath(m1, b)), func(data, _ *os.File) error { return flipAt(data, 1<<20) })
+	src := &fakeSource{host: "a", data: data}
+	h2 := join(t, m2, b, src)
+	eventually(t, "the exclusive lock is wanted", func() bool { return m2.List()[0].Phase == PhaseLock })
+	if _, sent := src.stats(); sent != 0 {
+		t.Errorf("wrote beside another process: %d bytes", sent)
+	}
+	if err := h1.Close(); err != nil {
+		t.Fatal(err)
+	}
+	wait(t, h2)
+	if got, err := readAll(t, h2); err != nil || !bytes.Equal(got, data) {
+		t.Errorf("read %d bytes, %v", len(got), err)
+	}
+}
+
 // TestLedger claims, lands and gives back at random and compares with a plain list of bytes that are there.
 func TestLedger(t *testing.T) {
 	t.Parallel()
