@@ -209,7 +209,9 @@ func (h *Handle) Close() error {
 		h.job.mu.Lock()
 		h.closed = true
 		h.job.mu.Unlock()
-		h.m.leave(h.job)
+		if h.m.leave(h.job) {
+			retire(context.Background(), h.job)
+		}
 	})
 	return nil
 }

@@ -54,7 +54,7 @@ const (
 	// A host that ignores ranges sends everything from the start each time: so often without a new byte, then never again.
 	plainTries = 4
 	// More sources than this of one host bring nothing new.
-	sourcesPerHost = 4
+	sourcesPerHost = 3
 )
 
 type ranges int
