@@ -91,7 +91,7 @@ func (s *Session) commit(ctx context.Context, total int64, expected digest.Diges
 		s.growing.commit()
 	}
 	s.growing.fail(fmt.Errorf("ref %q was committed as %s: %w", s.ing.ref, d, errdefs.ErrAborted))
-	if err := errors.Join(closeErr, s.store.forget(s.ing)); err != nil {
+	if err := errors.Join(closeErr, s.store.remove(s.ing)); err != nil {
 		log.G(ctx).WithError(err).WithField("ref", s.ing.ref).Warn("leftovers of a committed ingest")
 	}
 	s.store.committed(s.namespace, d, size)
