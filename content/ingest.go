@@ -232,8 +232,9 @@ func withFrontier(st Status, t Transfer) Status {
 }
 
 // Abort ends the ingest of ref and removes what it has written. A session that
-// holds it stops waiting and fails with its next call; a transfer it waits for
-// only loses a waiter. An unknown ref is ErrNotFound.
+// holds it stops waiting, fails with its next call and removes the rest when it
+// is closed; a transfer it waits for only loses a waiter. An unknown ref is
+// ErrNotFound.
 func (s *Store) Abort(ctx context.Context, ref string) error {
 	s.mu.Lock()
 	ing := s.ingests[ref]
@@ -250,8 +251,9 @@ func (s *Store) Abort(ctx context.Context, ref string) error {
 		cancel(ing.aborted())
 	}
 	if open {
-		// The session may still create a file in the folder: it removes the rest.
-		return errors.Join(s.release(ing), os.RemoveAll(ing.dir))
+		// The folder goes with the session: from the moment that ends, another
+		// one may have made the folder anew.
+		return s.release(ing)
 	}
 	return s.forget(ing)
 }

@@ -135,7 +135,7 @@ func TestNoTakeover(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			defer w.Close()
+			defer func() { _ = w.Close() }()
 			var off int64
 			if tt.write {
 				off = 10
@@ -521,7 +521,7 @@ func writeAll(t *testing.T, s *Store, ref string, data []byte) {
 	if err != nil {
 		return
 	}
-	defer w.Close()
+	defer func() { _ = w.Close() }()
 	off := w.Stat().Offset
 	for off < int64(len(data)) {
 		if off, err = w.Write(t.Context(), off, data[off:min(off+1000, int64(len(data)))]); err != nil {
