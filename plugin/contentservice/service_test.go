@@ -85,7 +85,7 @@ func listen(t *testing.T, service api.ContentServer) *grpc.ClientConn {
 	if err != nil {
 		t.Fatal(err)
 	}
-	server := grpc.NewServer(grpc.MaxRecvMsgSize(MaxMessage))
+	server := grpc.NewServer(grpc.MaxRecvMsgSize(MaxMessage), grpc.WaitForHandlers(true))
 	api.RegisterContentServer(server, service)
 	done := make(chan error, 1)
 	go func() { done <- server.Serve(l) }()

@@ -33,7 +33,7 @@ func serveStore(ctx context.Context, dir string, store *content.Store) (ccontent
 	if err != nil {
 		return nil, nil, err
 	}
-	server := grpc.NewServer(grpc.MaxRecvMsgSize(MaxMessage))
+	server := grpc.NewServer(grpc.MaxRecvMsgSize(MaxMessage), grpc.WaitForHandlers(true))
 	if err := New(store).Register(server); err != nil {
 		return nil, nil, err
 	}
