@@ -21,7 +21,7 @@ func (s *Session) settle(ctx context.Context) error {
 		}
 	}
 	if err := s.catchUp(ctx); err != nil {
-		return s.store.plain(err)
+		return err
 	}
 	if err := s.finish(ctx); err != nil {
 		return err
@@ -40,7 +40,7 @@ func (s *Session) finish(ctx context.Context) error {
 	if err := s.complete(ctx); err != nil || s.ing.staged != "" {
 		return err
 	}
-	return s.store.plain(s.startOver())
+	return s.startOver()
 }
 
 // eligible: a transfer can only be asked for by digest and size, and brings
