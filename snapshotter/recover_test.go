@@ -238,7 +238,11 @@ func afterKill(t *testing.T, dir string, mode Mode) {
 	}
 	r := &rig{root: filepath.Join(dir, "root"), cache: cache, opts: Options{Mount: mode}}
 	r.open(t)
-	defer r.Close()
+	defer func() {
+		if err := r.Close(); err != nil {
+			t.Error(err)
+		}
+	}()
 	keys, err := r.loadKeys(t.Context())
 	if err != nil {
 		t.Fatal(err)
@@ -274,7 +278,9 @@ func TestKilledChild(t *testing.T) {
 	r := &rig{root: filepath.Join(dir, "root"), cache: cache, opts: Options{Mount: Mode(os.Getenv("GANTRY_MODE"))}}
 	r.open(t)
 	layers := image(t)
-	os.Stdout.WriteString("x")
+	if _, err := os.Stdout.WriteString("x"); err != nil {
+		t.Fatal(err)
+	}
 	for i := range 1000 {
 		r.pull(t, unpacks[i%2], fmt.Sprintf("p%d-%d", os.Getpid(), i), "", layers...)
 	}
