@@ -21,6 +21,7 @@ package layer
 
 import (
 	"context"
+	_ "crypto/sha512" // blobs may have such digests
 	"errors"
 	"fmt"
 	"io"
