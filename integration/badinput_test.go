@@ -111,7 +111,7 @@ func TestBadInput(t *testing.T) {
 				if err == nil {
 					t.Fatalf("the pull succeeded: %s", out)
 				}
-				t.Logf("says: %s", lastLine(err.Error()))
+				t.Logf("says: %s", says(err.Error()))
 				checkMessage(t, err.Error(), ref, bad, im.DiffIDs[2])
 				if n.Complete(t.Context(), "default", ref) == nil {
 					t.Error("the broken image is complete and unpacked")
@@ -144,24 +144,30 @@ func corruptBlob(dgst digest.Digest) harness.Rule {
 	}
 }
 
-func lastLine(s string) string {
-	lines := strings.Split(strings.TrimSpace(s), "\n")
-	return lines[len(lines)-1]
+// says returns what ctr itself says at the end, without the log and progress lines before it.
+func says(message string) string {
+	if i := strings.LastIndex(message, "\nctr: "); i >= 0 {
+		message = message[i+1:]
+	}
+	return strings.TrimSpace(message)
 }
 
-// checkMessage wants the error to name the layer, by its blob or its DiffID, and,
-// where containerd puts it around the plugin's text, the image.
+// checkMessage wants what ctr says, which is what a pod's events show, to be one line and to name image
+// and layer, the layer by its blob or its DiffID.
 func checkMessage(t *testing.T, message, ref string, layer ocispec.Descriptor, diffID digest.Digest) {
 	t.Helper()
 	if snapshotter != harness.Gantry {
 		return // containerd's own text names less
 	}
-	line := lastLine(message)
+	line := says(message)
+	if strings.Contains(line, "\n") {
+		t.Errorf("the message has several lines, an event shows one: %q", line)
+	}
 	if !strings.Contains(line, layer.Digest.Encoded()) && !strings.Contains(line, diffID.Encoded()) {
 		t.Errorf("the message does not name layer %s: %s", layer.Digest, line)
 	}
-	if !strings.Contains(message, ref) {
-		t.Errorf("the message does not name image %s: %s", ref, message)
+	if !strings.Contains(line, ref) {
+		t.Errorf("the message does not name image %s: %s", ref, line)
 	}
 }
 
@@ -186,7 +192,7 @@ func TestFullDisk(t *testing.T) {
 		t.Fatal("200 MiB fitted onto 96")
 	}
 	if !strings.Contains(err.Error(), "no space left on device") {
-		t.Errorf("the message does not say that the disk is full: %s", lastLine(err.Error()))
+		t.Errorf("the message does not say that the disk is full: %s", says(err.Error()))
 	}
 	if got := mustExec(t, n, "steady", "/helper", "sum", "/noise"); got != sum {
 		t.Errorf("the container reads %s, want %s", got, sum)

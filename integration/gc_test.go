@@ -32,7 +32,7 @@ func TestCollectionDuringPulls(t *testing.T) {
 	go func() {
 		var err error
 		for ctx.Err() == nil && err == nil {
-			err = n.CollectGarbage(t.Context())
+			err = n.CollectGarbage(context.WithoutCancel(ctx)) // stop ends the loop, not a collection
 		}
 		collector <- err
 	}()

@@ -41,6 +41,8 @@ func (n *Node) Close() error {
 }
 
 // stopTasks deletes every container of every namespace, so that their shims end.
+//
+//nolint:contextcheck // it runs when the caller's context has ended
 func (n *Node) stopTasks() error {
 	ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
 	defer cancel()

@@ -8,6 +8,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -167,7 +168,7 @@ func (n *Node) StartContainerd(ctx context.Context) error {
 		return err
 	}
 	// containerd looks for the shim, and the shim for runc, in PATH.
-	env := append(n.options.Env, "PATH="+filepath.Dir(program)+":"+os.Getenv("PATH"))
+	env := slices.Concat(n.options.Env, []string{"PATH=" + filepath.Dir(program) + ":" + os.Getenv("PATH")})
 	n.containerd, err = start(ctx, n.path("logs"), "containerd", env, program, "--config", n.path("containerd.toml"))
 	if err != nil {
 		return err

@@ -28,7 +28,7 @@ func main() {
 
 func run(args []string) error {
 	if len(args) < 2 {
-		return errors.New("usage: helper cat|sum|write|sleep ARGUMENT...")
+		return errors.New("usage: helper cat|sum|write|sleep and its arguments")
 	}
 	switch args[0] {
 	case "cat":
