@@ -168,7 +168,7 @@ func initSnapshotter(ic *cplugin.InitContext) (any, error) {
 		return nil, err
 	}
 	c := configOf(ic)
-	return snapshotter.New(ic.Context, c.Root, layers, snapshotter.Options{Mount: c.Snapshotter.Mount, Observer: puller})
+	return snapshotter.New(ic.Context, c.Root, layers, snapshotter.Options{Mount: snapshotter.Mode(c.Snapshotter.Mount), Observer: puller})
 }
 
 func initDiffer(ic *cplugin.InitContext) (any, error) {

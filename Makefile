@@ -1,0 +1,85 @@
+# gantry: everything a developer or CI runs. `make` alone prints what there is.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+CACHE := $(CURDIR)/.cache
+PEERS := $(CACHE)/bin
+VERSION := $(shell git describe --tags --always --dirty 2>/dev/null || echo unknown)
+LDFLAGS := -s -w -X github.com/gantryd/gantry/plugin/config.Version=$(VERSION)
+PREFIX ?= /usr/local
+
+# Tests and the demo find the built programs through these.
+export GANTRY_PEERS := $(PEERS)
+export GANTRY_BIN := $(CURDIR)/bin
+export GANTRY_CACHE := $(CACHE)
+
+PEER_NAMES := containerd ctr containerd-shim-runc-v2 runc registry
+PEER_BINS := $(addprefix $(PEERS)/,$(PEER_NAMES))
+LINTER := $(PEERS)/golangci-lint
+
+.PHONY: help
+help: ## print this text
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
+
+.PHONY: build
+build: ## build bin/gantryd and bin/gantry
+	CGO_ENABLED=0 go build -trimpath -ldflags '$(LDFLAGS)' -o bin/ ./cmd/...
+
+.PHONY: demo
+demo: build peers ## pull and run an image through gantry in a private folder (root; IMAGE=ref for one of yours)
+	go run ./integration/demo $(if $(IMAGE),-image '$(IMAGE)')
+
+.PHONY: test
+test: test-unit test-integration ## run all tests (root)
+
+.PHONY: test-unit
+test-unit: ## run the tests beside the code (RACE=1: with the race detector)
+	go test $(if $(RACE),-race) -timeout 10m $$(go list ./... | grep -v /integration)
+
+.PHONY: test-integration
+test-integration: build peers prerequisites ## run the tests against containerd, runc and a registry (RUN=regexp)
+	go test -count=1 -timeout 20m $(if $(RUN),-run '$(RUN)') $(if $(V),-v) ./integration/...
+
+.PHONY: lint
+lint: $(LINTER) ## run golangci-lint
+	$(LINTER) run ./...
+
+.PHONY: bench
+bench: build peers ## pull time beside containerd's overlayfs as shipped (ROUNDS=5)
+	go run ./integration/bench -rounds $(or $(ROUNDS),5)
+
+.PHONY: install
+install: build ## install both programs under PREFIX (default /usr/local)
+	install -D -m 0755 -t $(DESTDIR)$(PREFIX)/bin bin/gantryd bin/gantry
+
+.PHONY: clean
+clean: ## remove what was built, peers and cached test images too
+	rm -rf bin .cache
+
+.PHONY: peers
+peers: $(PEER_BINS) ## build containerd, ctr, the shim, runc and the registry for tests
+
+# One recipe a program, made again only when its module file changes.
+$(PEERS)/%: CGO_ENABLED := 0
+$(PEERS)/runc: CGO_ENABLED := 1
+$(PEERS)/containerd: PEER_LDFLAGS := -X github.com/containerd/containerd/v2/version.Version=v2.4.2
+$(PEER_BINS): integration/peers/go.mod
+	@mkdir -p $(PEERS)
+	@echo "build $(@F)"
+	@cd integration/peers && CGO_ENABLED=$(CGO_ENABLED) go build -trimpath -ldflags '-s -w $(PEER_LDFLAGS)' -o $@ "$$(go list -f '{{.ImportPath}}' tool | grep -E '/$(@F)$$')"
+	@touch $@
+
+$(LINTER): integration/lint/go.mod
+	@mkdir -p $(PEERS)
+	@echo "build $(@F)"
+	@cd integration/lint && CGO_ENABLED=0 go build -trimpath -ldflags '-s -w' -o $@ github.com/golangci/golangci-lint/v2/cmd/golangci-lint
+	@touch $@
+
+# debootstrap makes the Debian test image. Installed when missing and we may; the test itself fails without it.
+.PHONY: prerequisites
+prerequisites: ## install what the tests need from Debian (debootstrap)
+	@if ! command -v debootstrap >/dev/null && [ "$$(id -u)" = 0 ]; then \
+		apt-get update -q && apt-get install -qy --no-install-recommends debootstrap; \
+	fi
+	@command -v debootstrap >/dev/null || { echo "debootstrap is missing: apt-get install debootstrap" >&2; exit 1; }

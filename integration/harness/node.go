@@ -1,0 +1,287 @@
+package harness
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"sync"
+	"time"
+
+	containerd "github.com/containerd/containerd/v2/client"
+)
+
+// The snapshotters a node can be started for.
+const (
+	Gantry    = "gantry"
+	Overlayfs = "overlayfs" // containerd as shipped, without gantryd
+)
+
+// Options say what a node is to be.
+type Options struct {
+	Snapshotter     string // Gantry (default) or Overlayfs
+	CRI             bool   // with containerd's CRI plugin
+	ContainerdExtra string // TOML after containerd's configuration
+	ContainerdKeys  string // TOML inside gantryd's table [containerd]
+	GantryExtra     string // TOML after gantryd's configuration
+	GCDelay         time.Duration
+	DiskMiB         int      // gantryd's root is an ext4 file system of this size; 0: a folder like any other
+	Env             []string // for containerd
+}
+
+// Node is one machine's containerd and, unless Overlayfs was asked for, the
+// gantryd it uses, in a folder of their own.
+type Node struct {
+	Dir         string
+	Snapshotter string
+
+	options    Options
+	gantryd    *Process
+	containerd *Process
+
+	mu     sync.Mutex
+	client *containerd.Client
+}
+
+// StartNode starts gantryd and containerd in a new folder and waits until both answer.
+// The caller closes the node, which removes the folder.
+func StartNode(ctx context.Context, o Options) (*Node, error) {
+	if o.Snapshotter == "" {
+		o.Snapshotter = Gantry
+	}
+	// Short: a unix socket's path has room for 107 bytes, an overlay's options for a page.
+	dir, err := os.MkdirTemp("", "gantry-")
+	if err != nil {
+		return nil, err
+	}
+	n := &Node{Dir: dir, Snapshotter: o.Snapshotter, options: o}
+	if err := n.start(ctx); err != nil {
+		return nil, errors.Join(err, n.Close())
+	}
+	return n, nil
+}
+
+func (n *Node) start(ctx context.Context) error {
+	for _, sub := range []string{"certs.d", "logs"} {
+		if err := os.Mkdir(filepath.Join(n.Dir, sub), 0o700); err != nil {
+			return err
+		}
+	}
+	if n.options.DiskMiB > 0 {
+		if err := n.mountDisk(ctx); err != nil {
+			return err
+		}
+	}
+	if n.Snapshotter == Gantry {
+		if err := n.configureGantryd(ctx); err != nil {
+			return err
+		}
+		if err := n.StartGantryd(ctx); err != nil {
+			return err
+		}
+	}
+	config, err := render(containerdConfig, containerdValues{
+		Dir: n.Dir, DropIn: n.dropIn(), GCDelay: n.options.GCDelay.String(), CRI: n.options.CRI, Extra: n.options.ContainerdExtra,
+	})
+	if err != nil {
+		return err
+	}
+	if err := os.WriteFile(n.path("containerd.toml"), config, 0o600); err != nil {
+		return err
+	}
+	return n.StartContainerd(ctx)
+}
+
+// mountDisk gives gantryd a root of limited size. The loop device goes with the mount.
+func (n *Node) mountDisk(ctx context.Context) error {
+	file, root := n.path("disk"), n.path("gantry")
+	if err := os.Mkdir(root, 0o700); err != nil {
+		return err
+	}
+	for _, args := range [][]string{
+		{"truncate", "-s", fmt.Sprintf("%dM", n.options.DiskMiB), file},
+		{"mkfs.ext4", "-q", "-m", "0", file},
+		{"mount", "-o", "loop", file, root},
+		{"rmdir", filepath.Join(root, "lost+found")},
+	} {
+		if _, err := output(exec.CommandContext(ctx, args[0], args[1:]...)); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (n *Node) path(name string) string { return filepath.Join(n.Dir, name) }
+
+func (n *Node) dropIn() string {
+	if n.Snapshotter != Gantry {
+		return ""
+	}
+	return n.path("gantry-dropin.toml")
+}
+
+// configureGantryd writes gantryd's file, and the drop-in that `gantry config containerd` makes of it.
+func (n *Node) configureGantryd(ctx context.Context) error {
+	config, err := render(gantrydConfig, gantrydValues{n.Dir, n.options.ContainerdKeys, n.options.GantryExtra})
+	if err != nil {
+		return err
+	}
+	if err := os.WriteFile(n.path("gantry.toml"), config, 0o600); err != nil {
+		return err
+	}
+	dropIn, err := n.GantryCLI(ctx, "config", "containerd")
+	if err != nil {
+		return err
+	}
+	return os.WriteFile(n.dropIn(), []byte(dropIn), 0o600)
+}
+
+// StartGantryd starts gantryd, for the first time or again after [Node.KillGantryd].
+func (n *Node) StartGantryd(ctx context.Context) error {
+	program, err := Program("gantryd")
+	if err != nil {
+		return err
+	}
+	n.gantryd, err = start(ctx, n.path("logs"), "gantryd", nil, program, "--config", n.path("gantry.toml"))
+	if err != nil {
+		return err
+	}
+	return n.gantryd.ready(ctx, func(ctx context.Context) error {
+		var d net.Dialer
+		conn, err := d.DialContext(ctx, "unix", n.path("g.sock"))
+		if err != nil {
+			return err
+		}
+		return conn.Close()
+	})
+}
+
+// StartContainerd starts containerd, for the first time or again after it was stopped.
+func (n *Node) StartContainerd(ctx context.Context) error {
+	program, err := Program("containerd")
+	if err != nil {
+		return err
+	}
+	// containerd looks for the shim, and the shim for runc, in PATH.
+	env := append(n.options.Env, "PATH="+filepath.Dir(program)+":"+os.Getenv("PATH"))
+	n.containerd, err = start(ctx, n.path("logs"), "containerd", env, program, "--config", n.path("containerd.toml"))
+	if err != nil {
+		return err
+	}
+	return n.containerd.ready(ctx, func(ctx context.Context) error {
+		client, err := n.Client()
+		if err != nil {
+			return err
+		}
+		ctx, cancel := context.WithTimeout(ctx, 2*time.Second)
+		defer cancel()
+		if serving, err := client.IsServing(ctx); err != nil || !serving {
+			return fmt.Errorf("not serving: %w", err)
+		}
+		return nil
+	})
+}
+
+// Gantryd returns the running gantryd, nil on an Overlayfs node.
+func (n *Node) Gantryd() *Process { return n.gantryd }
+
+// Containerd returns the running containerd.
+func (n *Node) Containerd() *Process { return n.containerd }
+
+// KillGantryd kills gantryd as a crash would. [Node.StartGantryd] brings it back.
+func (n *Node) KillGantryd() { n.gantryd.Kill() }
+
+// Address returns the path of containerd's socket.
+func (n *Node) Address() string { return n.path("c.sock") }
+
+// Client returns the node's containerd client, shared and closed with the node.
+// It has no default namespace: give one with namespaces.WithNamespace.
+func (n *Node) Client() (*containerd.Client, error) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	if n.client != nil {
+		return n.client, nil
+	}
+	client, err := containerd.New(n.Address(), containerd.WithTimeout(10*time.Second))
+	n.client = client
+	return client, err
+}
+
+// AddRegistry tells gantryd how to reach host: over scheme, by way of mirrors first.
+func (n *Node) AddRegistry(scheme, host string, mirrors ...string) error {
+	dir := filepath.Join(n.Dir, "certs.d", host)
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return err
+	}
+	return os.WriteFile(filepath.Join(dir, "hosts.toml"), hostsTOML(scheme, host, mirrors), 0o600)
+}
+
+// Ctr runs `ctr` against the node in the namespace and returns its standard
+// output; what it wrote to standard error is part of the error.
+func (n *Node) Ctr(ctx context.Context, namespace string, args ...string) (string, error) {
+	cmd, err := n.CtrCommand(ctx, namespace, args...)
+	if err != nil {
+		return "", err
+	}
+	return output(cmd)
+}
+
+// CtrCommand prepares a call of ctr that the caller runs.
+func (n *Node) CtrCommand(ctx context.Context, namespace string, args ...string) (*exec.Cmd, error) {
+	program, err := Program("ctr")
+	if err != nil {
+		return nil, err
+	}
+	return exec.CommandContext(ctx, program, append([]string{"--address", n.Address(), "--namespace", namespace}, args...)...), nil
+}
+
+// GantryCLI runs `gantry` with the node's configuration and returns its standard output.
+func (n *Node) GantryCLI(ctx context.Context, args ...string) (string, error) {
+	program, err := Program("gantry")
+	if err != nil {
+		return "", err
+	}
+	return output(exec.CommandContext(ctx, program, append([]string{"--config", n.path("gantry.toml")}, args...)...))
+}
+
+func output(cmd *exec.Cmd) (string, error) {
+	out, err := cmd.Output()
+	var exit *exec.ExitError
+	if errors.As(err, &exit) {
+		err = fmt.Errorf("%s: %w: %s", strings.Join(cmd.Args, " "), err, exit.Stderr)
+	}
+	return string(out), err
+}
+
+// Pull runs `ctr image pull` through the transfer service, or with --local in
+// ctr's own process. Loopback registries are asked over plain HTTP.
+func (n *Node) Pull(ctx context.Context, namespace, ref string, args ...string) (string, error) {
+	all := append([]string{"image", "pull", "--snapshotter", n.Snapshotter}, args...)
+	return n.Ctr(ctx, namespace, append(all, ref)...)
+}
+
+// Run runs a command in a new container of the image and returns its output.
+func (n *Node) Run(ctx context.Context, namespace, ref, id string, args ...string) (string, error) {
+	return n.Ctr(ctx, namespace, n.runArgs([]string{"--rm"}, ref, id, args)...)
+}
+
+// RunDetached starts a container that goes on; [Node.Exec] looks into it.
+func (n *Node) RunDetached(ctx context.Context, namespace, ref, id string, args ...string) error {
+	_, err := n.Ctr(ctx, namespace, n.runArgs([]string{"--detach", "--null-io"}, ref, id, args)...)
+	return err
+}
+
+// Exec runs a command in a running container and returns its output.
+func (n *Node) Exec(ctx context.Context, namespace, id string, args ...string) (string, error) {
+	exec := []string{"task", "exec", "--exec-id", fmt.Sprintf("e%d", time.Now().UnixNano()), id}
+	return n.Ctr(ctx, namespace, append(exec, args...)...)
+}
+
+func (n *Node) runArgs(flags []string, ref, id string, args []string) []string {
+	all := append([]string{"run", "--snapshotter", n.Snapshotter, "--net-host", "--runc-root", n.path("runc")}, flags...)
+	return append(append(all, ref, id), args...)
+}

@@ -1,0 +1,183 @@
+package integration
+
+import (
+	"context"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+
+	"github.com/gantryd/gantry/integration/harness"
+)
+
+// snapshotter is what the tests run against. GANTRY_SNAPSHOTTER=overlayfs tries
+// the harness, and what a test says of containerd, without gantryd; tests of
+// gantry alone are skipped then, and only then.
+var snapshotter = harness.Gantry
+
+// helper is the path of the program that test images run.
+var helper string
+
+// started tells files that a test unpacked from files that an image dates.
+var started = time.Now()
+
+func TestMain(m *testing.M) {
+	os.Exit(run(m))
+}
+
+func run(m *testing.M) int {
+	if v := os.Getenv("GANTRY_SNAPSHOTTER"); v != "" {
+		snapshotter = v
+	}
+	if os.Geteuid() != 0 {
+		fmt.Fprintln(os.Stderr, "integration tests mount and run containers: run them as root")
+		return 1
+	}
+	dir, err := os.MkdirTemp("", "gantry-test-")
+	if err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		return 1
+	}
+	defer os.RemoveAll(dir)
+	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Minute)
+	defer cancel()
+	if helper, err = harness.BuildHelper(ctx, dir); err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		return 1
+	}
+	return m.Run()
+}
+
+// needGantry skips a test of what only gantryd does when the run is without it.
+func needGantry(t *testing.T) {
+	t.Helper()
+	if snapshotter != harness.Gantry {
+		t.Skip("GANTRY_SNAPSHOTTER=" + snapshotter)
+	}
+}
+
+// newNode starts a node that ends with the test, which fails when something was left behind.
+func newNode(t *testing.T, o harness.Options) *harness.Node {
+	t.Helper()
+	if o.Snapshotter == "" {
+		o.Snapshotter = snapshotter
+	}
+	n, err := harness.StartNode(t.Context(), o)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if t.Failed() {
+			logTails(t, n)
+		}
+		if err := n.Close(); err != nil {
+			t.Errorf("close node: %v", err)
+		}
+	})
+	return n
+}
+
+// logTails shows what the daemons said last, before their folder goes.
+func logTails(t *testing.T, n *harness.Node) {
+	for _, p := range []*harness.Process{n.Gantryd(), n.Containerd()} {
+		if p != nil {
+			t.Log(p.Tail())
+		}
+	}
+}
+
+// newRegistry starts a registry that ends with the test.
+func newRegistry(t *testing.T) *harness.Registry {
+	t.Helper()
+	r, err := harness.StartRegistry(t.Context(), t.TempDir())
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := r.Close(); err != nil {
+			t.Errorf("close registry: %v", err)
+		}
+	})
+	return r
+}
+
+// newProxy starts a proxy before the registry that ends with the test.
+func newProxy(t *testing.T, r *harness.Registry) *harness.Proxy {
+	t.Helper()
+	p, err := harness.StartProxy(t.Context(), r.Host())
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := p.Close(); err != nil {
+			t.Errorf("close proxy: %v", err)
+		}
+	})
+	return p
+}
+
+// push builds an image and pushes it to the registry. The reference it returns
+// names host instead of the registry, for images that are pulled through a proxy.
+func push(t *testing.T, r *harness.Registry, host, repository string, spec harness.ImageSpec) (*harness.Image, string) {
+	t.Helper()
+	im, err := harness.Build(t.Context(), filepath.Join(t.TempDir(), "image"), spec)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ref, err := im.Push(t.Context(), r.Host(), repository, "test")
+	if err != nil {
+		t.Fatal(err)
+	}
+	return im, host + strings.TrimPrefix(ref, r.Host())
+}
+
+// setup is what most tests need: a registry behind a proxy, and a node that knows it speaks plain HTTP.
+func setup(t *testing.T, o harness.Options) (*harness.Node, *harness.Registry, *harness.Proxy) {
+	t.Helper()
+	r := newRegistry(t)
+	p := newProxy(t, r)
+	n := newNode(t, o)
+	if err := n.AddRegistry("http", p.Host()); err != nil {
+		t.Fatal(err)
+	}
+	return n, r, p
+}
+
+// small is an image of three layers that runs: the helper program, some files, and noise that differs by seed.
+func small(seed uint64, noise int64) harness.ImageSpec {
+	return harness.ImageSpec{
+		Layers: []harness.LayerSpec{
+			{Tar: harness.HelperTar(helper)},
+			{Tar: harness.Entries(
+				harness.Folder("etc", 0o755), harness.File("etc/seed", fmt.Sprint(seed)),
+				harness.Folder("tmp", 0o1777), harness.Symlink("etc/link", "seed"),
+			)},
+			{Tar: harness.Noise("noise", seed, noise, 20)},
+		},
+		Config: ocispec.ImageConfig{Cmd: []string{"/helper", "cat", "/etc/seed"}},
+	}
+}
+
+// mustPull pulls, and fails the test when that fails.
+func mustPull(t *testing.T, n *harness.Node, namespace, ref string, args ...string) {
+	t.Helper()
+	if _, err := n.Pull(t.Context(), namespace, ref, args...); err != nil {
+		t.Fatalf("pull: %v", err)
+	}
+}
+
+// mustRun runs the helper in a container and compares what it prints.
+func mustRun(t *testing.T, n *harness.Node, namespace, ref, want string, args ...string) {
+	t.Helper()
+	got, err := n.Run(t.Context(), namespace, ref, "c-"+fmt.Sprint(time.Now().UnixNano()), args...)
+	if err != nil {
+		t.Fatalf("run: %v", err)
+	}
+	if strings.TrimSpace(got) != want {
+		t.Fatalf("container printed %q, want %q", got, want)
+	}
+}

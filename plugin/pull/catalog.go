@@ -1,0 +1,265 @@
+package pull
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"io"
+	"slices"
+	"sync"
+
+	ccontent "github.com/containerd/containerd/v2/core/content"
+	"github.com/containerd/errdefs"
+	"github.com/containerd/log"
+	digest "github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+)
+
+// maxDocument bounds what is read as a manifest or a config, in bytes. It is
+// containerd's own limit for manifests.
+const maxDocument = 8 << 20
+
+// Blobs is what the catalog reads of the content store.
+type Blobs interface {
+	Info(ctx context.Context, d digest.Digest) (ccontent.Info, error)
+	ReaderAt(ctx context.Context, desc ocispec.Descriptor) (ccontent.ReaderAt, error)
+	Walk(ctx context.Context, fn ccontent.WalkFunc, filters ...string) error
+}
+
+// manifest is what the catalog keeps of one image manifest.
+type manifest struct {
+	digest digest.Digest
+	config digest.Digest
+	layers []ocispec.Descriptor // digest, size and media type only
+	seen   uint64               // order in which it arrived
+}
+
+// document is either a manifest or a config; the other half stays empty.
+type document struct {
+	Config ocispec.Descriptor   `json:"config"`
+	Layers []ocispec.Descriptor `json:"layers"`
+	RootFS struct {
+		DiffIDs []digest.Digest `json:"diff_ids"`
+	} `json:"rootfs"`
+}
+
+// catalog knows which layers the manifests in the store list, and which DiffIDs
+// their configs name. It is derived from the store alone, so it survives a
+// restart. Documents are read on one goroutine, never on the caller's: they are
+// announced from inside containerd's database transaction.
+type catalog struct {
+	mu        sync.Mutex
+	blobs     Blobs
+	manifests map[digest.Digest]*manifest
+	layers    map[digest.Digest][]*manifest
+	diffIDs   map[digest.Digest][]digest.Digest
+	pending   []digest.Digest
+	added     uint64        // documents announced so far
+	done      uint64        // documents read so far
+	changed   chan struct{} // closed and replaced whenever added or done moves
+	arrivals  uint64
+}
+
+func newCatalog() *catalog {
+	return &catalog{
+		manifests: make(map[digest.Digest]*manifest),
+		layers:    make(map[digest.Digest][]*manifest),
+		diffIDs:   make(map[digest.Digest][]digest.Digest),
+		changed:   make(chan struct{}),
+		// The first document is the store itself: until it was walked, nothing settles.
+		added: 1,
+	}
+}
+
+// announce queues a blob to be looked at. It never blocks.
+func (c *catalog) announce(d digest.Digest, size int64) {
+	if size <= 0 || size > maxDocument {
+		return
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.pending = append(c.pending, d)
+	c.added++
+	c.signal()
+}
+
+// signal wakes everybody who waits for a change. Called with mu held.
+func (c *catalog) signal() {
+	close(c.changed)
+	c.changed = make(chan struct{})
+}
+
+// settle waits until everything announced before the call has been read.
+func (c *catalog) settle(ctx context.Context) error {
+	c.mu.Lock()
+	target := c.added
+	for c.done < target {
+		changed := c.changed
+		c.mu.Unlock()
+		select {
+		case <-changed:
+		case <-ctx.Done():
+			return fmt.Errorf("reading the manifests in the store: %w", context.Cause(ctx))
+		}
+		c.mu.Lock()
+	}
+	c.mu.Unlock()
+	return nil
+}
+
+// run reads the store and then whatever is announced, until ctx ends.
+func (c *catalog) run(ctx context.Context, blobs Blobs) {
+	c.mu.Lock()
+	c.blobs = blobs
+	c.mu.Unlock()
+	var small []digest.Digest
+	err := blobs.Walk(ctx, func(i ccontent.Info) error {
+		if i.Size > 0 && i.Size <= maxDocument {
+			small = append(small, i.Digest)
+		}
+		return nil
+	})
+	if err != nil {
+		log.G(ctx).WithError(err).Warn("reading the content store for manifests; layers of images that are there already are not taken over")
+	}
+	for _, d := range small {
+		c.read(ctx, d)
+	}
+	c.finish(1)
+	for {
+		c.mu.Lock()
+		batch, changed := c.pending, c.changed
+		c.pending = nil
+		c.mu.Unlock()
+		if len(batch) == 0 {
+			select {
+			case <-changed:
+				continue
+			case <-ctx.Done():
+				return
+			}
+		}
+		for _, d := range batch {
+			c.read(ctx, d)
+		}
+		c.finish(uint64(len(batch)))
+	}
+}
+
+func (c *catalog) finish(n uint64) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.done += n
+	c.signal()
+}
+
+// read looks at one blob. What is neither manifest nor config is passed over:
+// the store holds other small blobs, too.
+func (c *catalog) read(ctx context.Context, d digest.Digest) {
+	doc, err := readDocument(ctx, c.blobs, d)
+	if err != nil {
+		if !errdefs.IsNotFound(err) {
+			log.G(ctx).WithField("digest", d).WithError(err).Debug("not read as manifest or config")
+		}
+		return
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if len(doc.RootFS.DiffIDs) > 0 {
+		c.diffIDs[d] = doc.RootFS.DiffIDs
+	}
+	if len(doc.Layers) == 0 || doc.Config.Digest == "" {
+		return
+	}
+	c.arrivals++
+	if m := c.manifests[d]; m != nil {
+		m.seen = c.arrivals
+		return
+	}
+	m := &manifest{digest: d, config: doc.Config.Digest, seen: c.arrivals}
+	for _, l := range doc.Layers {
+		if l.Digest.Validate() != nil || l.Size <= 0 {
+			return // not an image that anybody can pull
+		}
+		m.layers = append(m.layers, ocispec.Descriptor{MediaType: l.MediaType, Digest: l.Digest, Size: l.Size})
+	}
+	c.manifests[d] = m
+	for _, l := range m.layers {
+		if !slices.Contains(c.layers[l.Digest], m) {
+			c.layers[l.Digest] = append(c.layers[l.Digest], m)
+		}
+	}
+}
+
+func readDocument(ctx context.Context, blobs Blobs, d digest.Digest) (*document, error) {
+	ra, err := blobs.ReaderAt(ctx, ocispec.Descriptor{Digest: d})
+	if err != nil {
+		return nil, err
+	}
+	defer ra.Close()
+	var first [1]byte
+	if _, err := ra.ReadAt(first[:], 0); err != nil {
+		return nil, err
+	}
+	if first[0] != '{' {
+		return nil, fmt.Errorf("blob %s is no JSON object: %w", d, errdefs.ErrNotFound)
+	}
+	var doc document
+	if err := json.NewDecoder(io.NewSectionReader(ra, 0, min(ra.Size(), maxDocument))).Decode(&doc); err != nil {
+		return nil, fmt.Errorf("blob %s: %w", d, err)
+	}
+	return &doc, nil
+}
+
+// forget drops a manifest or config that was deleted from the store.
+func (c *catalog) forget(d digest.Digest) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	delete(c.diffIDs, d)
+	m := c.manifests[d]
+	if m == nil {
+		return
+	}
+	delete(c.manifests, d)
+	for _, l := range m.layers {
+		rest := slices.DeleteFunc(c.layers[l.Digest], func(o *manifest) bool { return o == m })
+		if len(rest) == 0 {
+			delete(c.layers, l.Digest)
+			continue
+		}
+		c.layers[l.Digest] = rest
+	}
+}
+
+// listing returns the manifests that list the blob with exactly this size, the
+// most recent first.
+func (c *catalog) listing(d digest.Digest, size int64) []*manifest {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	var found []*manifest
+	for _, m := range c.layers[d] {
+		if slices.ContainsFunc(m.layers, func(l ocispec.Descriptor) bool { return l.Digest == d && l.Size == size }) {
+			found = append(found, m)
+		}
+	}
+	slices.SortFunc(found, func(a, b *manifest) int { return int(int64(b.seen) - int64(a.seen)) })
+	return found
+}
+
+// diffID returns what the image's config says the layer is, uncompressed; empty
+// while the config is unknown, or when the image is not made of file system
+// layers (an artifact).
+func (c *catalog) diffID(m *manifest, layer digest.Digest) digest.Digest {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	ids := c.diffIDs[m.config]
+	if len(ids) != len(m.layers) {
+		return ""
+	}
+	for i, l := range m.layers {
+		if l.Digest == layer {
+			return ids[i]
+		}
+	}
+	return ""
+}

@@ -1,0 +1,134 @@
+package pull
+
+import (
+	"context"
+	"errors"
+	"io"
+	"sync/atomic"
+	"time"
+
+	"github.com/gantryd/gantry/content/transfer"
+)
+
+// errRestart means that bytes already read turned out not to be the blob's.
+var errRestart = errors.New("bytes below the reader were fetched anew")
+
+// follower reads the compressed bytes of an unpack in order, from whichever
+// source has them: a transfer, and after it failed the ingest of the client that
+// goes on where the transfer stopped.
+type follower struct {
+	u    *unpack
+	off  int64
+	err  error // why the bytes ended early, for explain
+	lost error // of the last source that failed
+}
+
+// reader binds the follower to a context: decompressors know only io.Reader.
+func (f *follower) reader(ctx context.Context) io.Reader {
+	return readerFunc(func(p []byte) (int, error) { return f.read(ctx, p) })
+}
+
+type readerFunc func([]byte) (int, error)
+
+func (r readerFunc) Read(p []byte) (int, error) { return r(p) }
+
+func (f *follower) read(ctx context.Context, p []byte) (int, error) {
+	defer since(time.Now(), &f.u.times.starved)
+	for {
+		source, err := f.source(ctx)
+		if err != nil {
+			return 0, f.fail(err)
+		}
+		n, err := source.ReadAt(ctx, p, f.off)
+		if n > 0 {
+			f.off += int64(n)
+			f.u.read.Store(f.off)
+			return n, nil
+		}
+		if errors.Is(err, io.EOF) {
+			return 0, io.EOF
+		}
+		if err := f.give(ctx, source, err); err != nil {
+			return 0, f.fail(err)
+		}
+	}
+}
+
+func (f *follower) fail(err error) error {
+	f.err = err
+	return err
+}
+
+// explain prefers the reason why the bytes ended to what a decompressor or the
+// tar scanner made of their end.
+func (f *follower) explain(err error) error {
+	if f.err != nil {
+		return f.err
+	}
+	return err
+}
+
+// source returns where to read. It waits, with patience, where there is none.
+func (f *follower) source(ctx context.Context) (byteSource, error) {
+	source, changed := f.u.current()
+	if source != nil {
+		return source, nil
+	}
+	timer := time.NewTimer(patience)
+	defer timer.Stop()
+	select {
+	case <-changed:
+		source, _ = f.u.current()
+	case <-timer.C:
+	case <-ctx.Done():
+		return nil, context.Cause(ctx)
+	}
+	if source == nil {
+		return nil, errors.Join(errNoBytes, f.lost)
+	}
+	return source, nil
+}
+
+// give deals with the error of a source: nil means that the next one continues
+// where it stopped.
+func (f *follower) give(ctx context.Context, source byteSource, err error) error {
+	switch {
+	case err == nil:
+		return nil
+	case errors.Is(err, transfer.ErrRestarted):
+		return errRestart
+	case ctx.Err() != nil:
+		return context.Cause(ctx)
+	}
+	f.lost = err
+	f.u.drop(source)
+	if t, ok := source.(transferSource); ok && t.Frontier() < f.off {
+		// The transfer has disowned bytes that were read from it.
+		return errRestart
+	}
+	return nil
+}
+
+// verified waits until a source vouches for the digest of the bytes.
+func (f *follower) verified(ctx context.Context) error {
+	for {
+		source, err := f.source(ctx)
+		if err != nil {
+			return err
+		}
+		if err = source.Verified(ctx); err == nil {
+			return nil
+		}
+		if err := f.give(ctx, source, err); err != nil {
+			return err
+		}
+	}
+}
+
+// timed adds up how long r takes.
+func timed(r io.Reader, spent *atomic.Int64) io.Reader {
+	return readerFunc(func(p []byte) (int, error) {
+		defer since(time.Now(), spent)
+		return r.Read(p)
+	})
+}

@@ -1,0 +1,307 @@
+package pull
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/containerd/containerd/v2/pkg/namespaces"
+	"github.com/containerd/errdefs"
+	"github.com/containerd/log"
+	digest "github.com/opencontainers/go-digest"
+
+	"github.com/gantryd/gantry/content"
+	"github.com/gantryd/gantry/content/transfer"
+)
+
+// image is one image while clients of one namespace wait for layers of it.
+type image struct {
+	key     imageKey
+	started time.Time
+	failed  chan struct{} // closed when its origins could not be reached at all
+
+	// The rest is guarded by Puller.mu.
+	waiters  int
+	prefetch bool // the other layers have been started
+	idle     *time.Timer
+	handles  []*transfer.Handle
+	unpacks  []*unpack
+	failure  error
+}
+
+type imageKey struct {
+	namespace string
+	manifest  digest.Digest
+}
+
+// enter joins the transfer of one layer for one client, and starts those of the
+// image's other layers.
+func (p *Puller) enter(ctx context.Context, key imageKey, m *manifest, origins []origin, req content.FetchRequest) (content.Transfer, error) {
+	origins = p.reachable(origins)
+	if len(origins) == 0 {
+		return nil, fmt.Errorf("the registry of manifest %s did not answer a moment ago: %w", m.digest, errdefs.ErrUnavailable)
+	}
+	img, first, err := p.attend(key)
+	if err != nil {
+		return nil, err
+	}
+	h, err := p.join(ctx, key.namespace, transfer.Blob{Digest: req.Digest, Size: req.Size}, origins)
+	if err != nil {
+		p.leave(img)
+		return nil, err
+	}
+	p.follow(img, m, req.Digest, req.Size)
+	if first {
+		p.wg.Go(func() { p.startAll(img, m, origins, req.Digest) })
+	}
+	return &waiter{Handle: h, puller: p, image: img, origins: origins}, nil
+}
+
+// attend counts a client in. It reports whether it is the image's first.
+func (p *Puller) attend(key imageKey) (*image, bool, error) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.closed {
+		return nil, false, fmt.Errorf("gantryd is shutting down: %w", errdefs.ErrUnavailable)
+	}
+	img := p.images[key]
+	if img == nil {
+		img = &image{key: key, started: time.Now(), failed: make(chan struct{})}
+		p.images[key] = img
+	}
+	if img.idle != nil {
+		img.idle.Stop()
+		img.idle = nil
+	}
+	img.waiters++
+	first := !img.prefetch
+	img.prefetch = true
+	return img, first, nil
+}
+
+// leave counts a client out. The image goes on for a grace period after its
+// last one, so that a retry finds it under way.
+func (p *Puller) leave(img *image) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if img.waiters--; img.waiters == 0 && p.images[img.key] == img {
+		img.idle = time.AfterFunc(grace, func() { p.end(img) })
+	}
+}
+
+// end lets go of what the image holds, unless somebody came back.
+func (p *Puller) end(img *image) {
+	p.mu.Lock()
+	if p.images[img.key] != img || (img.waiters > 0 && !p.closed) {
+		p.mu.Unlock()
+		return
+	}
+	delete(p.images, img.key)
+	if img.idle != nil {
+		img.idle.Stop()
+	}
+	handles, unpacks := img.handles, img.unpacks
+	img.handles, img.unpacks = nil, nil
+	var abandoned []*unpack
+	for _, u := range unpacks {
+		if u.holders--; u.holders == 0 {
+			abandoned = append(abandoned, u)
+		}
+	}
+	p.mu.Unlock()
+	for _, u := range abandoned {
+		u.abandon()
+	}
+	for _, h := range handles {
+		closeHandle(h)
+	}
+	log.G(p.scope()).WithFields(log.Fields{
+		"namespace": img.key.namespace, "manifest": img.key.manifest, "ref": p.hints.ref(img.key.namespace, img.key.manifest),
+		"layers": len(handles), "duration": time.Since(img.started).Round(time.Millisecond),
+	}).Debug("image is no longer waited for")
+}
+
+// startAll starts the image's other layers, so that a client that asks for
+// three at a time does not wait for what could be under way.
+func (p *Puller) startAll(img *image, m *manifest, origins []origin, except digest.Digest) {
+	ctx := p.scope()
+	for _, l := range m.layers {
+		if l.Digest == except {
+			continue
+		}
+		if _, err := p.blobs.Info(ctx, l.Digest); err == nil && !p.isolated {
+			continue // there already
+		}
+		h, err := p.join(ctx, img.key.namespace, transfer.Blob{Digest: l.Digest, Size: l.Size}, origins)
+		if err != nil {
+			log.G(ctx).WithField("digest", l.Digest).WithError(err).Debug("layer not started ahead")
+			return
+		}
+		p.mu.Lock()
+		if p.images[img.key] != img {
+			p.mu.Unlock()
+			closeHandle(h)
+			return
+		}
+		img.handles = append(img.handles, h)
+		p.mu.Unlock()
+		p.follow(img, m, l.Digest, l.Size)
+	}
+}
+
+// follow starts to unpack a layer whose transfer is under way, on behalf of the
+// image. Layers of things that are not images are only transferred.
+func (p *Puller) follow(img *image, m *manifest, d digest.Digest, size int64) {
+	if p.catalog.diffID(m, d) == "" {
+		return
+	}
+	if id, err := p.layers.Lookup(d); err == nil && id != "" {
+		return
+	}
+	u, err := p.unpack(p.unpackKey(img.key.namespace, d, size), func() (byteSource, error) {
+		t, err := p.transfers(img.key.namespace)
+		if err != nil {
+			return nil, err
+		}
+		h, ok := t.Lookup(d, size)
+		if !ok {
+			return nil, fmt.Errorf("transfer of %s ended: %w", d, errNoBytes)
+		}
+		return transferSource{h}, nil
+	})
+	if err != nil {
+		return // the transfer ended, or gantryd does; Layer tries again
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.images[img.key] == img && !slices.Contains(img.unpacks, u) {
+		u.holders++
+		img.unpacks = append(img.unpacks, u)
+	}
+}
+
+// join joins or starts a transfer from all hosts of all origins.
+func (p *Puller) join(ctx context.Context, namespace string, b transfer.Blob, origins []origin) (*transfer.Handle, error) {
+	t, err := p.transfers(namespace)
+	if err != nil {
+		return nil, err
+	}
+	var sources []transfer.Source
+	var errs []error
+	for _, o := range origins {
+		found, err := p.registry.Sources(ctx, o.host, o.repository, b.Digest, b.Size)
+		errs = append(errs, err)
+		for _, s := range found {
+			sources = append(sources, s)
+		}
+	}
+	if len(sources) == 0 {
+		return nil, fmt.Errorf("no host for %s: %w", b.Digest, errors.Join(append(errs, errdefs.ErrNotFound)...))
+	}
+	return t.Join(ctx, b, sources...)
+}
+
+// reachable leaves out the origins that did not answer a moment ago.
+func (p *Puller) reachable(origins []origin) []origin {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	now := time.Now()
+	return slices.DeleteFunc(slices.Clone(origins), func(o origin) bool {
+		until, ok := p.shunned[o.String()]
+		if ok && now.After(until) {
+			delete(p.shunned, o.String())
+			return false
+		}
+		return ok
+	})
+}
+
+// fail notes that nothing at all came from the origins: everybody who waits for
+// a layer of this image that has not begun falls back now.
+func (p *Puller) fail(img *image, origins []origin, err error) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for _, o := range origins {
+		p.shunned[o.String()] = time.Now().Add(shunned)
+	}
+	if img.failure == nil {
+		img.failure = err
+		close(img.failed)
+	}
+	if p.images[img.key] == img {
+		// The next client starts afresh.
+		delete(p.images, img.key)
+		for _, h := range img.handles {
+			closeHandle(h)
+		}
+		img.handles = nil
+		for _, u := range img.unpacks {
+			u.holders--
+		}
+		img.unpacks = nil
+	}
+}
+
+// waiter is one client's wait for one layer. It implements content.Transfer.
+type waiter struct {
+	*transfer.Handle
+	puller  *Puller
+	image   *image
+	origins []origin
+	once    sync.Once
+}
+
+// Wait waits until the blob is complete, verified and durable.
+func (w *waiter) Wait(ctx context.Context) error {
+	done := make(chan error, 1)
+	waitCtx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	go func() { done <- w.Handle.Wait(waitCtx) }()
+	failed := w.image.failed
+	for {
+		select {
+		case err := <-done:
+			if err != nil && ctx.Err() == nil && w.Frontier() == 0 && final(err) {
+				w.puller.fail(w.image, w.origins, err)
+			}
+			return err
+		case <-failed:
+			failed = nil
+			if w.Frontier() == 0 {
+				cancel()
+				<-done
+				return w.image.failure
+			}
+		}
+	}
+}
+
+// final says whether the error is about the repository rather than this blob.
+func final(err error) bool {
+	return errdefs.IsUnauthorized(err) || errdefs.IsPermissionDenied(err) || errdefs.IsUnavailable(err)
+}
+
+// Close ends the wait. It may be called more than once.
+func (w *waiter) Close() error {
+	var err error
+	w.once.Do(func() {
+		err = w.Handle.Close()
+		w.puller.leave(w.image)
+	})
+	return err
+}
+
+func closeHandle(h *transfer.Handle) {
+	if err := h.Close(); err != nil {
+		log.L.WithField("digest", h.Digest()).WithError(err).Warn("leaving a transfer")
+	}
+}
+
+// namespaceOf returns the namespace that the request came with.
+func namespaceOf(ctx context.Context) string {
+	namespace, _ := namespaces.Namespace(ctx)
+	return namespace
+}

@@ -1,0 +1,291 @@
+package pull
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	ccontent "github.com/containerd/containerd/v2/core/content"
+	"github.com/containerd/errdefs"
+	"github.com/containerd/log"
+	digest "github.com/opencontainers/go-digest"
+
+	"github.com/gantryd/gantry/content"
+	"github.com/gantryd/gantry/content/decompress"
+	"github.com/gantryd/gantry/content/transfer"
+	"github.com/gantryd/gantry/snapshotter/layer"
+)
+
+// patience is how long an unpack whose bytes stopped coming waits for another
+// source of them: a client that falls back begins to write within moments.
+const patience = 10 * time.Second
+
+// maxRestarts bounds how often an unpack begins again because the bytes below it
+// were fetched anew.
+const maxRestarts = 8
+
+// errNoBytes means that the unpack ended for lack of bytes, not because of them.
+var errNoBytes = errors.New("the bytes stopped coming")
+
+// byteSource is where an unpack reads the compressed bytes while they arrive.
+type byteSource interface {
+	// ReadAt waits until there is a byte at off.
+	ReadAt(ctx context.Context, p []byte, off int64) (int, error)
+	// Verified waits until the bytes are known to carry the blob's digest.
+	Verified(ctx context.Context) error
+	// Complete says whether all bytes are there.
+	Complete() bool
+	Close() error
+}
+
+type transferSource struct{ *transfer.Handle }
+
+func (s transferSource) Verified(ctx context.Context) error { return s.Wait(ctx) }
+func (s transferSource) Complete() bool                     { return s.Frontier() == s.Size() }
+
+type ingestSource struct{ *content.Growing }
+
+// Complete is always false: a client that stops writing ends the source itself.
+func (ingestSource) Complete() bool { return false }
+func (ingestSource) Close() error   { return nil }
+
+type localSource struct{ ccontent.ReaderAt }
+
+func (s localSource) ReadAt(_ context.Context, p []byte, off int64) (int, error) {
+	n, err := s.ReaderAt.ReadAt(p, off)
+	if n > 0 {
+		return n, nil
+	}
+	return n, err
+}
+func (localSource) Verified(context.Context) error { return nil }
+func (localSource) Complete() bool                 { return true }
+
+// unpackKey names an unpack. The size belongs to it because a manifest can lie
+// about it, the namespace because content may be isolated.
+type unpackKey struct {
+	namespace string
+	blob      digest.Digest
+	size      int64
+}
+
+func (p *Puller) unpackKey(namespace string, d digest.Digest, size int64) unpackKey {
+	if !p.isolated {
+		namespace = ""
+	}
+	return unpackKey{namespace, d, size}
+}
+
+// unpack is one blob on its way to a layer file.
+type unpack struct {
+	key     unpackKey
+	started time.Time
+	cancel  context.CancelCauseFunc
+	holders int // images that hold it; guarded by Puller.mu
+
+	done  chan struct{} // closed when layer and err are set
+	layer *layer.Layer
+	err   error
+
+	phase   atomic.Value // a phase constant
+	read    atomic.Int64 // compressed bytes
+	written atomic.Int64 // uncompressed bytes
+	times   times
+
+	mu      sync.Mutex
+	sources []byteSource  // the first is read, the others are for when it fails
+	changed chan struct{} // closed and replaced when a source is added
+}
+
+// wait waits for the layer. An end of ctx does not end the unpack.
+func (u *unpack) wait(ctx context.Context) (*layer.Layer, error) {
+	select {
+	case <-u.done:
+		return u.layer, u.err
+	case <-ctx.Done():
+		return nil, context.Cause(ctx)
+	}
+}
+
+// abandon ends the unpack, unless it has all bytes and only needs to finish.
+func (u *unpack) abandon() {
+	u.mu.Lock()
+	complete := slices.ContainsFunc(u.sources, byteSource.Complete)
+	u.mu.Unlock()
+	if !complete {
+		u.cancel(fmt.Errorf("nobody waits for layer %s any more: %w", u.key.blob, errNoBytes))
+	}
+}
+
+// offer gives the unpack one more source of the same bytes, for when those it
+// has fail. The unpack closes it, at once if it has no use for it any more.
+func (u *unpack) offer(s byteSource) {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	select {
+	case <-u.done:
+		closeSource(s)
+	default:
+		u.sources = append(u.sources, s)
+		close(u.changed)
+		u.changed = make(chan struct{})
+	}
+}
+
+// current returns the source to read, nil if there is none, and what tells of another.
+func (u *unpack) current() (byteSource, <-chan struct{}) {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	if len(u.sources) == 0 {
+		return nil, u.changed
+	}
+	return u.sources[0], u.changed
+}
+
+// drop takes a source that failed out of the unpack.
+func (u *unpack) drop(s byteSource) {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	if len(u.sources) > 0 && u.sources[0] == s {
+		u.sources = u.sources[1:]
+	}
+	closeSource(s)
+}
+
+func closeSource(s byteSource) {
+	if err := s.Close(); err != nil {
+		log.L.WithError(err).Debug("closing a source of compressed bytes")
+	}
+}
+
+// running returns the unpack under way, if there is one.
+func (p *Puller) running(key unpackKey) *unpack {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.unpacks[key]
+}
+
+// unpack returns the unpack under way for key, or starts one from the source.
+func (p *Puller) unpack(key unpackKey, open func() (byteSource, error)) (*unpack, error) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if u := p.unpacks[key]; u != nil {
+		return u, nil
+	}
+	if p.closed {
+		return nil, fmt.Errorf("gantryd is shutting down: %w", errdefs.ErrUnavailable)
+	}
+	source, err := open()
+	if err != nil {
+		return nil, err
+	}
+	ctx, cancel := context.WithCancelCause(p.scope())
+	u := &unpack{
+		key: key, started: time.Now(), cancel: cancel, sources: []byteSource{source},
+		done: make(chan struct{}), changed: make(chan struct{}),
+	}
+	u.phase.Store(phaseQueued)
+	p.unpacks[key] = u
+	p.wg.Go(func() { p.run(ctx, u) })
+	return u, nil
+}
+
+// Ingesting implements content.Observer: the client writes the blob itself, and
+// the unpack follows.
+func (p *Puller) Ingesting(namespace string, d digest.Digest, size int64, g *content.Growing) {
+	key := p.unpackKey(namespace, d, size)
+	if u := p.running(key); u != nil {
+		u.offer(ingestSource{g})
+		return
+	}
+	for _, m := range p.catalog.listing(d, size) {
+		if p.catalog.diffID(m, d) == "" {
+			continue
+		}
+		if _, err := p.layers.Lookup(d); err == nil {
+			return
+		}
+		if _, err := p.unpack(key, func() (byteSource, error) { return ingestSource{g}, nil }); err != nil {
+			log.L.WithField("digest", d).WithError(err).Debug("the unpack does not follow")
+		}
+		return
+	}
+}
+
+// run unpacks the blob and records what it is, once its digest is verified.
+func (p *Puller) run(ctx context.Context, u *unpack) {
+	l, err := p.produce(ctx, u)
+	u.layer, u.err = l, err
+	p.mu.Lock()
+	delete(p.unpacks, u.key)
+	p.mu.Unlock()
+	u.mu.Lock()
+	close(u.done)
+	sources := u.sources
+	u.sources = nil
+	u.mu.Unlock()
+	u.cancel(nil)
+	p.recent.add(p.finished(u, sources))
+	for _, s := range sources {
+		closeSource(s)
+	}
+	entry := log.G(p.scope()).WithField("digest", u.key.blob).WithField("duration", time.Since(u.started).Round(time.Millisecond))
+	if err != nil {
+		entry.WithError(err).Warn("layer not unpacked")
+		return
+	}
+	entry.WithField("diffid", l.DiffID).WithField("bytes", l.Size).Info("layer unpacked")
+}
+
+func (p *Puller) produce(ctx context.Context, u *unpack) (*layer.Layer, error) {
+	if err := p.workers.Acquire(ctx, 1); err != nil {
+		return nil, context.Cause(ctx)
+	}
+	defer p.workers.Release(1)
+	since(u.started, &u.times.queued)
+	for range maxRestarts {
+		f := &follower{u: u}
+		l, err := p.write(ctx, u, f)
+		if err == nil {
+			if err = p.verify(ctx, u, f); err == nil {
+				return l, p.layers.Record(u.key.blob, l.DiffID)
+			}
+		}
+		if !errors.Is(err, errRestart) {
+			return nil, err
+		}
+		log.G(ctx).WithField("digest", u.key.blob).Info("the bytes were fetched anew, the unpack begins again")
+	}
+	return nil, fmt.Errorf("gave up after %d restarts: %w", maxRestarts, errNoBytes)
+}
+
+// write turns the followed bytes into a layer file.
+func (p *Puller) write(ctx context.Context, u *unpack, f *follower) (*layer.Layer, error) {
+	u.phase.Store(phaseUnpacking)
+	u.read.Store(0)
+	u.written.Store(0)
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	r, err := decompress.NewReader(ctx, f.reader(ctx))
+	if err != nil {
+		return nil, f.explain(err)
+	}
+	defer r.Close()
+	l, err := p.layers.Write(ctx, timed(r, &u.times.reading), u.written.Store)
+	if err != nil {
+		return nil, f.explain(err)
+	}
+	return l, nil
+}
+
+// verify waits until the compressed bytes are known to be the blob's. Only then
+// may anybody find the layer by the blob's digest.
+func (p *Puller) verify(ctx context.Context, u *unpack, f *follower) error {
+	u.phase.Store(phaseVerifying)
+	defer since(time.Now(), &u.times.verify)
+	return f.verified(ctx)
+}
