@@ -43,8 +43,8 @@ func fields(c *Config) []field {
 			doc: "Blobs that are being fetched. Must be on the file system of content.root."},
 		{key: "transfer.chunk_size", value: size(&c.Transfer.ChunkSize, 1<<20, 64<<20), fallback: "0",
 			doc: "Bytes that one request asks a registry for. 0: gantryd chooses by the size of the blob."},
-		{key: "transfer.connections_per_host", value: count(&c.Transfer.ConnectionsPerHost, 64), fallback: "0",
-			doc: "Requests to one registry at once. 0: gantryd chooses."},
+		{key: "transfer.connections_per_host", value: count(&c.Transfer.ConnectionsPerHost, 1, 64), fallback: "8",
+			doc: "Requests to one registry host at once, over all blobs."},
 		{key: "transfer.keep_partial", value: duration(&c.Transfer.KeepPartial, time.Minute, 365*24*time.Hour), fallback: "24h",
 			doc: "How long a partial download that nobody asks for is kept for a retry."},
 		{key: "transfer.give_up", value: duration(&c.Transfer.GiveUp, time.Second, 2*time.Minute), fallback: "2m",
@@ -53,7 +53,7 @@ func fields(c *Config) []field {
 		{key: "registry.config_path", value: optionalPath(&c.Registry.ConfigPath), fallback: "/etc/containerd/certs.d",
 			doc: "The hosts.toml folders that containerd uses too. Empty: none."},
 
-		{key: "unpack.workers", value: count(&c.Unpack.Workers, 1024), fallback: "0",
+		{key: "unpack.workers", value: count(&c.Unpack.Workers, 0, 1024), fallback: "0",
 			doc: "Layers that are unpacked at once. 0: the number of CPUs."},
 
 		{key: "snapshotter.mount", value: oneOf(&c.Snapshotter.Mount, "auto", "file", "loop", "directory"), fallback: "auto",
