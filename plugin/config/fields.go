@@ -37,7 +37,7 @@ func fields(c *Config) []field {
 			doc: "Must equal content_sharing_policy of containerd's io.containerd.metadata.v1.bolt. With isolated, a transfer or a layer file serves only the namespaces that fetched it themselves."},
 
 		{key: "content.root", value: path(&c.Content.Root), parent: &c.Root, derived: "content",
-			doc: "Complete blobs, laid out as containerd's own store lays them out. Point it at containerd's folder (io.containerd.content.v1.content) to keep images that are already there."},
+			doc: "Complete blobs, laid out as containerd's own store lays them out. Set it to containerd's own folder (io.containerd.content.v1.content) on a node that has images."},
 
 		{key: "transfer.root", value: path(&c.Transfer.Root), parent: &c.Root, derived: "transfers",
 			doc: "Blobs that are being fetched. Must be on the file system of content.root."},
