@@ -7,6 +7,7 @@ import (
 	"hash/crc32"
 	"io"
 	"math"
+	"slices"
 	"time"
 
 	"github.com/containerd/errdefs"
@@ -178,6 +179,9 @@ func (j *job) noSource() error {
 	}
 	if len(gone) == 0 {
 		return fmt.Errorf("%w: no source was given: %w", errNoSource, errdefs.ErrNotFound)
+	}
+	if !slices.ContainsFunc(gone, func(err error) bool { return !errors.Is(err, ErrWrongSize) }) {
+		return fmt.Errorf("%w: %w", errNoSource, gone[0])
 	}
 	return fmt.Errorf("%w: %w", errNoSource, oneLine(gone))
 }
