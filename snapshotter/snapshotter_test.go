@@ -270,6 +270,7 @@ func TestWalkHoldsNoTransaction(t *testing.T) {
 func TestClosed(t *testing.T) {
 	r := newRig(t, ModeFile)
 	top := r.pull(t, unpacks[0], "x", "", image(t)[0])
+	r.show(t, top) // waits for the worker
 	id := r.id(t, top)
 	if err := r.Close(); err != nil {
 		t.Fatal(err)
