@@ -94,6 +94,9 @@ func (s *Session) alone(ctx context.Context, what string, err error) error {
 	if ctx.Err() != nil {
 		return context.Cause(ctx)
 	}
+	if errors.Is(err, ErrRefused) {
+		return err
+	}
 	entry := log.G(ctx).WithError(err).WithField("digest", s.named).WithField("ref", s.ing.ref)
 	if errdefs.IsNotFound(err) {
 		entry.Debug(what)
