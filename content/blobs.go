@@ -72,8 +72,8 @@ func (s *Store) loadBlobs() error {
 }
 
 func (s *Store) loadBlob(d digest.Digest, f os.DirEntry) error {
-	if d.Validate() != nil || !f.Type().IsRegular() {
-		log.L.WithField("name", f.Name()).Warn("not a blob, ignored in the content store's blobs folder")
+	if err := d.Validate(); err != nil || !f.Type().IsRegular() {
+		log.L.WithError(err).WithField("name", f.Name()).Warn("not a blob, ignored in the content store's blobs folder")
 		return nil
 	}
 	fi, err := f.Info()

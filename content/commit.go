@@ -25,7 +25,7 @@ func (s *Session) complete(ctx context.Context) error {
 func (s *Session) stage(d digest.Digest) error {
 	f, err := s.data()
 	if err != nil {
-		return s.store.plain(err)
+		return err
 	}
 	size := s.ing.offset
 	held, err := s.store.hold(s.ing, d)
@@ -34,11 +34,11 @@ func (s *Session) stage(d digest.Digest) error {
 	}
 	if !held {
 		if err := errors.Join(f.Sync(), f.Chmod(0o444)); err != nil {
-			return fmt.Errorf("blob %s: %w", d, s.store.plain(err))
+			return fmt.Errorf("blob %s: %w", d, err)
 		}
 	}
 	if err := s.closeData(); err != nil {
-		return fmt.Errorf("blob %s: %w", d, s.store.plain(err))
+		return fmt.Errorf("blob %s: %w", d, err)
 	}
 	if held {
 		err = removeFile(s.ing.path(dataFile))
@@ -46,7 +46,7 @@ func (s *Session) stage(d digest.Digest) error {
 		err = s.store.place(s.ing, d, s.ing.path(dataFile), size)
 	}
 	if err != nil {
-		return fmt.Errorf("blob %s: %w", d, s.store.plain(err))
+		return fmt.Errorf("blob %s: %w", d, err)
 	}
 	s.unsynced = 0
 	return s.store.settleFolder(d)
@@ -79,7 +79,7 @@ func (s *Session) commit(ctx context.Context, total int64, expected digest.Diges
 	size := s.ing.offset
 	if err != nil {
 		s.growing.fail(fmt.Errorf("the commit of ref %q failed: %w: %w", s.ing.ref, errdefs.ErrAborted, err))
-		return 0, errors.Join(fmt.Errorf("commit: %w", err), s.end(), s.store.yield(s.ing))
+		return 0, errors.Join(s.reason(fmt.Errorf("commit: %w", err)), s.end(), s.store.yield(s.ing))
 	}
 	closeErr := s.end()
 	already, err := s.store.show(s.ing, labels)
@@ -91,7 +91,7 @@ func (s *Session) commit(ctx context.Context, total int64, expected digest.Diges
 		s.growing.commit()
 	}
 	s.growing.fail(fmt.Errorf("ref %q was committed as %s: %w", s.ing.ref, d, errdefs.ErrAborted))
-	if err := errors.Join(closeErr, s.store.forget(s.ing)); err != nil {
+	if err := errors.Join(closeErr, s.store.remove(s.ing)); err != nil {
 		log.G(ctx).WithError(err).WithField("ref", s.ing.ref).Warn("leftovers of a committed ingest")
 	}
 	s.store.committed(s.namespace, d, size)
@@ -133,7 +133,7 @@ func (s *Session) checked(ctx context.Context, total int64, expected digest.Dige
 		}
 	}
 	if err := s.catchUp(ctx); err != nil {
-		return "", s.store.plain(err)
+		return "", err
 	}
 	if err := check(); err != nil {
 		return "", err
@@ -154,7 +154,7 @@ func (s *Session) matching(ctx context.Context, expected digest.Digest) (digest.
 	d := s.digest()
 	if d.Algorithm() != expected.Algorithm() {
 		if err := s.sumAgain(ctx, expected.Algorithm()); err != nil {
-			return "", s.store.plain(err)
+			return "", err
 		}
 		d = s.digest()
 	}

@@ -232,9 +232,10 @@ func withFrontier(st Status, t Transfer) Status {
 }
 
 // Abort ends the ingest of ref and removes what it has written. A session that
-// holds it stops waiting and fails with its next call; a transfer it waits for
-// only loses a waiter. An unknown ref is ErrNotFound.
-func (s *Store) Abort(_ context.Context, ref string) error {
+// holds it stops waiting, fails with its next call and removes the rest when it
+// is closed; a transfer it waits for only loses a waiter. An unknown ref is
+// ErrNotFound.
+func (s *Store) Abort(ctx context.Context, ref string) error {
 	s.mu.Lock()
 	ing := s.ingests[ref]
 	if ing == nil || ing.dead {
@@ -244,20 +245,27 @@ func (s *Store) Abort(_ context.Context, ref string) error {
 	ing.dead = true
 	cancel, open := ing.cancel, ing.open
 	s.mu.Unlock()
+	log.G(ctx).WithField("ref", ref).Debug("ingest aborted")
 
 	if cancel != nil {
 		cancel(ing.aborted())
 	}
 	if open {
-		// The session may still create a file in the folder: it removes the rest.
-		return errors.Join(s.release(ing), os.RemoveAll(ing.dir))
+		// The folder goes with the session: from the moment that ends, another
+		// one may have made the folder anew.
+		return s.release(ing)
 	}
 	return s.forget(ing)
 }
 
-// forget removes an ingest that nobody writes, and only then frees its ref.
+// forget drops an ingest that nobody writes.
 func (s *Store) forget(ing *ingest) error {
-	err := errors.Join(s.release(ing), os.RemoveAll(ing.dir))
+	return errors.Join(s.release(ing), s.remove(ing))
+}
+
+// remove removes an ingest that holds no blob, and only then frees its ref.
+func (s *Store) remove(ing *ingest) error {
+	err := os.RemoveAll(ing.dir)
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	delete(s.ingests, ing.ref)

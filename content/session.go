@@ -146,6 +146,18 @@ func (s *Session) usable() error {
 	return s.store.alive(s.ing)
 }
 
+// reason replaces what an abort in the middle looks like by the abort itself, and
+// says a full disk plainly. Every exported method's errors go through it.
+func (s *Session) reason(err error) error {
+	if err == nil {
+		return nil
+	}
+	if dead := s.store.alive(s.ing); dead != nil {
+		return dead
+	}
+	return s.store.plain(err)
+}
+
 // Stat describes the ingest without ever waiting. Offset is absolute.
 func (s *Session) Stat() Status {
 	s.store.mu.Lock()
@@ -166,7 +178,7 @@ func (s *Session) Status(ctx context.Context) (Status, error) {
 	if !s.asked {
 		s.asked = true
 		if err := s.settle(ctx); err != nil {
-			return Status{}, err
+			return Status{}, s.reason(err)
 		}
 	}
 	return s.Stat(), nil
@@ -254,17 +266,17 @@ func (s *Session) Write(ctx context.Context, off int64, p []byte) (int64, error)
 	}
 	s.asked = true
 	count := s.ing.offset - s.shift
-	switch {
-	case off == count:
-	case off == 0:
+	switch off {
+	case count:
+	case 0:
 		if err := s.startOver(); err != nil {
-			return count, s.store.plain(err)
+			return count, s.reason(err)
 		}
 	default:
 		return count, fmt.Errorf("ref %q: write at %d, the next byte is %d: %w", s.ing.ref, off, count, errdefs.ErrOutOfRange)
 	}
 	_, err := s.write(ctx, p)
-	return s.ing.offset - s.shift, err
+	return s.ing.offset - s.shift, s.reason(err)
 }
 
 // write is append for a client: somebody may want to follow.
@@ -273,10 +285,10 @@ func (s *Session) write(ctx context.Context, p []byte) (int, error) {
 		return 0, nil
 	}
 	if err := s.roomFor(ctx, len(p)); err != nil {
-		return 0, s.store.plain(err)
+		return 0, err
 	}
 	if err := s.follow(ctx); err != nil {
-		return 0, s.store.plain(err)
+		return 0, err
 	}
 	return s.append(ctx, p)
 }
@@ -316,7 +328,7 @@ func (s *Session) roomFor(ctx context.Context, n int) error {
 func (s *Session) append(ctx context.Context, p []byte) (int, error) {
 	f, err := s.data()
 	if err != nil {
-		return 0, s.store.plain(err)
+		return 0, err
 	}
 	n, err := f.WriteAt(p, s.ing.offset)
 	_, _ = s.ing.digester.Hash().Write(p[:n]) // a hash does not fail
@@ -324,7 +336,7 @@ func (s *Session) append(ctx context.Context, p []byte) (int, error) {
 	s.store.advance(s.ing, s.ing.offset+int64(n))
 	s.growing.advance(s.ing.offset)
 	if err != nil {
-		return n, fmt.Errorf("write ref %q: %w", s.ing.ref, s.store.plain(err))
+		return n, fmt.Errorf("write ref %q: %w", s.ing.ref, err)
 	}
 	if s.ing.offset == s.ing.total {
 		return n, s.complete(ctx)
@@ -348,7 +360,7 @@ func (s *Session) sync() error {
 		return nil
 	}
 	if err := s.file.Sync(); err != nil {
-		return fmt.Errorf("write ref %q: %w", s.ing.ref, s.store.plain(err))
+		return fmt.Errorf("write ref %q: %w", s.ing.ref, err)
 	}
 	s.unsynced = 0
 	return nil
@@ -379,7 +391,7 @@ func (s *Session) unstage(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	defer src.Close()
+	defer func() { _ = src.Close() }() // read-only: nothing to lose
 	f, err := s.data()
 	if err != nil {
 		return err

@@ -45,6 +45,11 @@ type FetchRequest struct {
 	Size int64
 }
 
+// ErrRefused is wrapped by an error of Transfer.Wait after which the client need
+// not try by itself: no host has what it asks for. The STAT that waits fails
+// with that error.
+var ErrRefused = errors.New("the blob cannot be had as it is described")
+
 // Transfer is one waiter of a blob that is being fetched. Every method but Close
 // may be called at any time, Frontier also after Close.
 type Transfer interface {

@@ -21,7 +21,7 @@ func (s *Session) settle(ctx context.Context) error {
 		}
 	}
 	if err := s.catchUp(ctx); err != nil {
-		return s.store.plain(err)
+		return err
 	}
 	if err := s.finish(ctx); err != nil {
 		return err
@@ -40,7 +40,7 @@ func (s *Session) finish(ctx context.Context) error {
 	if err := s.complete(ctx); err != nil || s.ing.staged != "" {
 		return err
 	}
-	return s.store.plain(s.startOver())
+	return s.startOver()
 }
 
 // eligible: a transfer can only be asked for by digest and size, and brings
@@ -93,6 +93,9 @@ func (s *Session) await(ctx context.Context, t Transfer) error {
 func (s *Session) alone(ctx context.Context, what string, err error) error {
 	if ctx.Err() != nil {
 		return context.Cause(ctx)
+	}
+	if errors.Is(err, ErrRefused) {
+		return err
 	}
 	entry := log.G(ctx).WithError(err).WithField("digest", s.named).WithField("ref", s.ing.ref)
 	if errdefs.IsNotFound(err) {

@@ -63,7 +63,8 @@ func (w *writer) Write(p []byte) (int, error) {
 		return 0, err
 	}
 	s.asked = true
-	return s.write(context.Background(), p) // io.Writer has no context
+	n, err := s.write(context.Background(), p) // io.Writer has no context
+	return n, s.reason(err)
 }
 
 // Truncate starts over; nothing but 0 and the present offset is supported.
@@ -78,7 +79,7 @@ func (w *writer) Truncate(size int64) error {
 	case s.ing.offset:
 		return nil
 	case 0:
-		return s.store.plain(s.startOver())
+		return s.reason(s.startOver())
 	}
 	return fmt.Errorf("truncate ref %q to %d: only 0 is supported: %w", s.ing.ref, size, errdefs.ErrInvalidArgument)
 }
@@ -98,7 +99,7 @@ func (w *writer) Commit(ctx context.Context, size int64, expected digest.Digest,
 func (w *writer) Sync() error {
 	w.session.mu.Lock()
 	defer w.session.mu.Unlock()
-	return w.session.sync()
+	return w.session.reason(w.session.sync())
 }
 
 func (w *writer) Close() error { return w.session.Close() }

@@ -3,10 +3,10 @@ package plugin
 import (
 	"context"
 	"fmt"
+	"net"
 	"time"
 
 	contentapi "github.com/containerd/containerd/api/services/content/v1"
-	"github.com/containerd/containerd/v2/pkg/dialer"
 	"github.com/containerd/containerd/v2/pkg/namespaces"
 	"github.com/containerd/errdefs/pkg/errgrpc"
 	digest "github.com/opencontainers/go-digest"
@@ -35,11 +35,7 @@ var _ pull.Containerd = (*containerd)(nil)
 func dialContainerd(address string) (*containerd, error) {
 	retry := backoff.DefaultConfig
 	retry.MaxDelay = 3 * time.Second
-	conn, err := grpc.NewClient(dialer.DialAddress(address),
-		grpc.WithTransportCredentials(insecure.NewCredentials()),
-		grpc.WithContextDialer(dialer.ContextDialer),
-		grpc.WithConnectParams(grpc.ConnectParams{Backoff: retry}),
-	)
+	conn, err := dialSocket(address, grpc.WithConnectParams(grpc.ConnectParams{Backoff: retry}))
 	if err != nil {
 		return nil, fmt.Errorf("containerd at %s: %w", address, err)
 	}
@@ -60,3 +56,14 @@ func (c *containerd) Labels(ctx context.Context, namespace string, d digest.Dige
 
 // Close ends the connection.
 func (c *containerd) Close() error { return c.conn.Close() }
+
+// dialSocket returns a client of a unix socket. It connects with the first call.
+// containerd's own dialer goes on trying in the background when a call is over.
+func dialSocket(path string, opts ...grpc.DialOption) (*grpc.ClientConn, error) {
+	return grpc.NewClient("passthrough:///localhost", append([]grpc.DialOption{
+		grpc.WithTransportCredentials(insecure.NewCredentials()),
+		grpc.WithContextDialer(func(ctx context.Context, _ string) (net.Conn, error) {
+			return new(net.Dialer).DialContext(ctx, "unix", path)
+		}),
+	}, opts...)...)
+}

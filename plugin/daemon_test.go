@@ -240,8 +240,7 @@ func TestIsolatedTransfers(t *testing.T) {
 		return m
 	}
 	ts := open()
-	get(ts, "a")
-	if get(ts, "a") != get(ts, "a") {
+	if first := get(ts, "a"); first != get(ts, "a") {
 		t.Error("a namespace has two managers")
 	}
 	get(ts, "b")
@@ -305,7 +304,7 @@ func TestContainerdComesLater(t *testing.T) {
 	go func() { served <- srv.Serve(l) }()
 	defer func() {
 		srv.Stop()
-		<-served
+		_ = <-served
 	}()
 	labels, err := client.Labels(t.Context(), "good", digest.FromString("x"))
 	if err != nil || labels["k"] != "v" {

@@ -12,6 +12,7 @@ import (
 	"github.com/containerd/errdefs/pkg/errgrpc"
 	"github.com/containerd/log"
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/status"
 )
 
 // maxMessage is the largest message accepted, in bytes. A client that writes a
@@ -90,7 +91,11 @@ func leave(ctx context.Context, panicked any, err error) error {
 	if err == nil {
 		return nil
 	}
-	err = errgrpc.ToGRPC(err)
+	// Details carry the parts of a joined error, and containerd's clients print
+	// the parts in place of the message: only the message is for people.
+	if s, ok := status.FromError(errgrpc.ToGRPC(err)); ok {
+		err = status.Error(s.Code(), s.Message())
+	}
 	log.G(ctx).WithError(err).Debug("call failed")
 	return err
 }

@@ -8,15 +8,12 @@ import (
 
 	contentapi "github.com/containerd/containerd/api/services/content/v1"
 	snapshotsapi "github.com/containerd/containerd/api/services/snapshots/v1"
-	"github.com/containerd/containerd/v2/pkg/dialer"
 	"github.com/containerd/containerd/v2/pkg/namespaces"
 	"github.com/containerd/errdefs"
 	"github.com/containerd/errdefs/pkg/errgrpc"
 	"github.com/containerd/log"
 	"github.com/coreos/go-systemd/v22/daemon"
 	digest "github.com/opencontainers/go-digest"
-	"google.golang.org/grpc"
-	"google.golang.org/grpc/credentials/insecure"
 
 	"github.com/gantryd/gantry/plugin/status"
 )
@@ -60,8 +57,7 @@ func (d *Daemon) feedWatchdog(ctx context.Context) {
 func probe(ctx context.Context, address string, limit time.Duration) (err error) {
 	ctx, cancel := context.WithTimeoutCause(ctx, limit, fmt.Errorf("no answer within %s", limit))
 	defer cancel()
-	conn, err := grpc.NewClient(dialer.DialAddress(address),
-		grpc.WithTransportCredentials(insecure.NewCredentials()), grpc.WithContextDialer(dialer.ContextDialer))
+	conn, err := dialSocket(address)
 	if err != nil {
 		return err
 	}

@@ -41,7 +41,7 @@ func (s *Snapshotter) Adopt(ctx context.Context, mounts []mount.Mount, diffID di
 	}
 	// What is extracted needs the attributes of the parents' directories.
 	if err := s.settled(ctx, snap.ParentIDs); err != nil {
-		return err
+		return fmt.Errorf("snapshot %s: parents: %w", id, final(err))
 	}
 	unlock, err := s.locks.lock(ctx, id)
 	if err != nil {
@@ -52,19 +52,26 @@ func (s *Snapshotter) Adopt(ctx context.Context, mounts []mount.Mount, diffID di
 		return fmt.Errorf("snapshot %s: %w", id, err)
 	}
 	l, err := s.layers.Get(ctx, diffID)
-	if err != nil {
-		// Not wrapped: ErrNotFound would mean foreign mounts.
-		return fmt.Errorf("layer file %s: %v: %w", diffID, err, errdefs.ErrUnavailable)
-	}
-	if s.mode == ModeDirectory {
+	switch {
+	case err != nil:
+	case s.mode == ModeDirectory:
 		err = s.adoptDirectory(ctx, snap, l)
-	} else {
+	default:
 		err = s.adoptTar(ctx, snap, l)
 	}
 	if err != nil {
-		return fmt.Errorf("snapshot %s: adopt layer %s: %w", id, diffID, err)
+		return fmt.Errorf("snapshot %s: adopt layer %s: %w", id, diffID, final(err))
 	}
 	return nil
+}
+
+// final keeps a failure from reading as "not adopted, unpack it yourself": the
+// snapshot's own kinds of errors have a meaning for the caller of Adopt.
+func final(err error) error {
+	if errdefs.IsNotFound(err) || errdefs.IsFailedPrecondition(err) {
+		return fmt.Errorf("%s: %w", err.Error(), errdefs.ErrUnavailable)
+	}
+	return err
 }
 
 // ownID finds the snapshot whose upper directory the mounts write to. The path

@@ -240,3 +240,25 @@ func TestCommitRefusesToLoseWrites(t *testing.T) {
 		t.Errorf("got %v, want ErrFailedPrecondition", err)
 	}
 }
+
+func TestAdoptOddTars(t *testing.T) {
+	unpadded := makeTar(t, reg("a", "a"), reg("b", strings.Repeat("b", 700)))
+	tars := map[string][]byte{
+		"nothing at all":          {},
+		"end marker only":         make([]byte, 1024),
+		"neither padding nor end": unpadded[:512+512+512+700],
+		"directories only":        makeTar(t, dir("a", 0o700, 1)),
+		"trailing zeros":          append(makeTar(t, reg("a", "a")), make([]byte, 1<<16)...),
+	}
+	for _, mode := range mountModes {
+		for name, blob := range tars {
+			t.Run(string(mode)+"/"+name, func(t *testing.T) {
+				r := newRig(t, mode)
+				top := r.pull(t, unpacks[0], "x", "", blob)
+				sameTree(t, r.show(t, top), reference(t, nil, blob))
+				r.unmountLayers(t)
+				sameTree(t, r.show(t, top), reference(t, nil, blob))
+			})
+		}
+	}
+}

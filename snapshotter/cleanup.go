@@ -95,7 +95,7 @@ type node struct {
 // loadTree reads the whole database once, by id.
 func (s *Snapshotter) loadTree(ctx context.Context) (map[string]node, error) {
 	tree := map[string]node{}
-	err := s.ms.WithTransaction(ctx, true, func(ctx context.Context) error {
+	err := s.ms.WithTransaction(ctx, false, func(ctx context.Context) error {
 		var infos []snapshots.Info
 		err := storage.WalkInfo(ctx, func(_ context.Context, i snapshots.Info) error {
 			infos = append(infos, i)

@@ -206,8 +206,11 @@ func (s *Snapshotter) Commit(ctx context.Context, name, key string, opts ...snap
 	if err != nil {
 		return fmt.Errorf("commit snapshot %s: %w", key, err)
 	}
-	if s.isTar(id) || exists(s.pending(id)) {
+	tar := s.isTar(id)
+	if tar || exists(s.pending(id)) {
 		s.schedule(id, parents)
+	}
+	if tar {
 		return nil
 	}
 	if err := s.work.submit(func(ctx context.Context) { s.measure(ctx, id) }); err != nil {

@@ -15,22 +15,30 @@ import (
 // mountLayer mounts a tar layer whose index is in order. The caller holds the
 // lock of id.
 func (s *Snapshotter) mountLayer(ctx context.Context, id string) error {
-	a, err := s.readRecord(id)
-	if err != nil {
+	if _, err := s.checkLayer(id); err != nil {
 		return err
-	}
-	fi, err := os.Stat(s.layer(id))
-	if err != nil {
-		return err
-	}
-	// A tar that was cut short mounts, and fails when it is read.
-	if fi.Size() != a.size {
-		return fmt.Errorf("layer file %s has %d bytes instead of %d; remove the image and pull it again: %w", a.diffID, fi.Size(), a.size, errdefs.ErrDataLoss)
 	}
 	if err := os.Mkdir(s.mountpoint(id), 0o755); err != nil && !errors.Is(err, fs.ErrExist) {
 		return err
 	}
 	return mountTar(ctx, s.mode, s.index(id), s.layer(id), s.mountpoint(id))
+}
+
+// checkLayer compares the layer file with its record: a tar that was cut short
+// mounts, and fails when it is read.
+func (l layout) checkLayer(id string) (adopted, error) {
+	a, err := l.readRecord(id)
+	if err != nil {
+		return a, err
+	}
+	fi, err := os.Stat(l.layer(id))
+	if err != nil {
+		return a, err
+	}
+	if fi.Size() != a.size {
+		return a, fmt.Errorf("layer file %s has %d bytes instead of %d; remove the image and pull it again: %w", a.diffID, fi.Size(), a.size, errdefs.ErrDataLoss)
+	}
+	return a, nil
 }
 
 // mountTar mounts index with layer as its device.

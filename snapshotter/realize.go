@@ -126,15 +126,15 @@ func (s *Snapshotter) ensureIndex(ctx context.Context, id string, parents []stri
 	if !errors.Is(err, iofs.ErrNotExist) {
 		log.G(ctx).WithError(err).WithField("snapshot", id).Warn("snapshotter: index is damaged, writing it again from the layer")
 	}
+	a, err := s.checkLayer(id)
+	if err != nil {
+		return err
+	}
 	table, err := s.table(ctx, id, s.layer(id))
 	if err != nil {
 		return err
 	}
 	root, err := table.Index(s.parents(ctx, parents))
-	if err != nil {
-		return err
-	}
-	a, err := s.readRecord(id)
 	if err != nil {
 		return err
 	}

@@ -24,6 +24,9 @@
 // Remove, so these do one database transaction and, for a missing mount, one
 // mount(2). What takes longer is done by Adopt, before Commit, or by a worker,
 // after it.
+//
+// The mounts at mnt/<id> must be visible to containerd, so both run in the same
+// mount namespace, or in two that share the propagation of root.
 package snapshotter
 
 import (

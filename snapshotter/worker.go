@@ -17,7 +17,8 @@ type worker struct {
 	submitted chan func(context.Context)
 	slots     chan struct{} // bounds the jobs that hold a table of entries
 	cancel    context.CancelFunc
-	stopped   chan struct{}
+	closing   <-chan struct{} // no job is taken any more
+	stopped   chan struct{}   // and none runs
 
 	mu      sync.Mutex
 	running map[string]*job
@@ -35,6 +36,7 @@ func newWorker(ctx context.Context) *worker {
 		submitted: make(chan func(context.Context)),
 		slots:     make(chan struct{}, 2*runtime.GOMAXPROCS(0)),
 		cancel:    cancel,
+		closing:   ctx.Done(),
 		stopped:   make(chan struct{}),
 		running:   map[string]*job{},
 	}
@@ -67,7 +69,7 @@ func (w *worker) submit(f func(context.Context)) error {
 	select {
 	case w.submitted <- f:
 		return nil
-	case <-w.stopped:
+	case <-w.closing:
 		return fmt.Errorf("the snapshotter is closed: %w", errdefs.ErrUnavailable)
 	}
 }

@@ -134,7 +134,7 @@ func (a *auth) explain(ctx context.Context, err error) error {
 		return fmt.Errorf("no token within %s: %w", a.ep.opts.TokenTimeout, errdefs.ErrUnavailable)
 	}
 	if kind := kindOfTransport(err); kind != nil {
-		return fmt.Errorf("token server: %w: %w", kind, withoutURL(err))
+		return fmt.Errorf("token server: %w: %w", kind, quiet{withoutURL(err)})
 	}
 	return fmt.Errorf("%w: %s", errdefs.ErrUnauthenticated, clean(withoutURL(err).Error()))
 }

@@ -79,7 +79,7 @@ func (b *body) explain(err error) error {
 	case cause != nil:
 		err = cause
 	default:
-		err = fmt.Errorf("broke off after %d of %d bytes: %w: %w", after, b.total, errdefs.ErrUnavailable, err)
+		err = fmt.Errorf("broke off after %d of %d bytes: %w: %w", after, b.total, errdefs.ErrUnavailable, quiet{err})
 	}
 	return b.wrap(b.r.named(err))
 }

@@ -9,6 +9,7 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"net/textproto"
 	"net/url"
 	"strconv"
 	"strings"
@@ -117,12 +118,14 @@ func clean(s string) string {
 
 // kindOfTransport classifies an error of a request that got no reply; nil if
 // it is none. What no retry can cure is ErrFailedPrecondition: a certificate
-// nobody vouches for, a port that speaks no TLS, a refusal of the guard.
+// nobody vouches for, a port that speaks no TLS, a
+// header that is none, a refusal of the guard.
 func kindOfTransport(err error) error {
 	var cert *tls.CertificateVerificationError
 	var record tls.RecordHeaderError
+	var protocol textproto.ProtocolError
 	switch {
-	case errors.As(err, &cert), errors.As(err, &record), errors.Is(err, http.ErrSchemeMismatch),
+	case errors.As(err, &cert), errors.As(err, &record), errors.As(err, &protocol), errors.Is(err, http.ErrSchemeMismatch),
 		errors.Is(err, errPlain), errors.Is(err, errElsewhere):
 		return errdefs.ErrFailedPrecondition
 	}
@@ -155,5 +158,11 @@ func transportError(ctx context.Context, err error) error {
 	if kind == nil {
 		kind = errdefs.ErrUnavailable
 	}
-	return fmt.Errorf("%w: %w", kind, err)
+	return fmt.Errorf("%w: %w", kind, quiet{err})
 }
+
+// quiet is an error whose text may quote a host.
+type quiet struct{ error }
+
+func (q quiet) Error() string { return clean(q.error.Error()) }
+func (q quiet) Unwrap() error { return q.error }

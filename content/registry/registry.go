@@ -26,6 +26,7 @@ import (
 	"os"
 	"path"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strconv"
 	"strings"
@@ -244,11 +245,10 @@ func portOfFolder(folder, hostname string) (string, bool) {
 	return port, err == nil && n > 0
 }
 
+var hostPattern = regexp.MustCompile(`\A(?:` + reference.DomainRegexp.String() + `)\z`)
+
 // isHost says whether s is a host name or address, with or without a port.
-func isHost(s string) bool {
-	loc := reference.DomainRegexp.FindStringIndex(s)
-	return len(s) <= 255 && loc != nil && loc[0] == 0 && loc[1] == len(s)
-}
+func isHost(s string) bool { return len(s) <= 255 && hostPattern.MatchString(s) }
 
 // validName refuses whatever could leave its place in a path, a URL or a token
 // scope.

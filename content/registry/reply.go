@@ -7,6 +7,8 @@ import (
 	"strings"
 
 	"github.com/containerd/errdefs"
+
+	"github.com/gantryd/gantry/content/transfer"
 )
 
 // span is a part of a blob.
@@ -71,13 +73,16 @@ func checkReply(resp *http.Response, asked span, size int64) (span, error) {
 			return span{}, err
 		}
 		if total >= 0 && total != size {
-			return span{}, fmt.Errorf("blob of %d bytes instead of %d: %w", total, size, errdefs.ErrFailedPrecondition)
+			return span{}, fmt.Errorf("blob of %d bytes instead of %d: %w", total, size, transfer.ErrWrongSize)
 		}
 		if got.off != asked.off || got.n > asked.n {
 			return span{}, fmt.Errorf("%s instead of %s: %w", got, asked, errdefs.ErrFailedPrecondition)
 		}
 	default:
 		return span{}, fmt.Errorf("unexpected %s: %w", clean(resp.Status), errdefs.ErrFailedPrecondition)
+	}
+	if resp.StatusCode == http.StatusOK && resp.ContentLength >= 0 && resp.ContentLength != size {
+		return span{}, fmt.Errorf("blob of %d bytes instead of %d: %w", resp.ContentLength, size, transfer.ErrWrongSize)
 	}
 	if resp.ContentLength >= 0 && resp.ContentLength != got.n {
 		return span{}, fmt.Errorf("reply of %d bytes instead of %d: %w", resp.ContentLength, got.n, errdefs.ErrFailedPrecondition)

@@ -3,6 +3,7 @@ package transfer
 import (
 	"bytes"
 	"context"
+	"errors"
 	"io"
 	"math/rand/v2"
 	"os"
@@ -181,7 +182,7 @@ func readAll(t testing.TB, h *Handle) ([]byte, error) {
 	for {
 		n, err := h.ReadAt(t.Context(), buf, int64(len(out)))
 		out = append(out, buf[:n]...)
-		if err == io.EOF {
+		if errors.Is(err, io.EOF) {
 			return out, nil
 		}
 		if err != nil {

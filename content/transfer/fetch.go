@@ -7,6 +7,7 @@ import (
 	"hash/crc32"
 	"io"
 	"math"
+	"slices"
 	"time"
 
 	"github.com/containerd/errdefs"
@@ -17,6 +18,9 @@ import (
 // errNoSource: nobody is left to ask.
 var errNoSource = errors.New("no host serves the blob")
 
+// errAllThere frees workers that still queue for a connection or read what nobody needs.
+var errAllThere = errors.New("nothing is missing any more")
+
 // errStalled ends a connection that brings nothing.
 var errStalled = fmt.Errorf("connection brought nothing for too long: %w", errdefs.ErrUnavailable)
 
@@ -25,6 +29,7 @@ func (j *job) receive(ctx context.Context, recorded []*check) error {
 	if j.blob.Size == 0 {
 		return nil
 	}
+	j.touch() // waiting for the lock and for our turn was nobody's fault
 	ctx, stop := context.WithCancelCause(ctx)
 	defer stop(nil)
 	watched := make(chan struct{})
@@ -34,13 +39,41 @@ func (j *job) receive(ctx context.Context, recorded []*check) error {
 	}()
 	g, gctx := errgroup.WithContext(ctx)
 	g.Go(func() error { return j.recheck(gctx, recorded) })
+	wctx, enough := context.WithCancelCause(gctx)
+	g.Go(func() error {
+		err := j.allThere(gctx)
+		enough(errAllThere)
+		return err
+	})
 	for range j.workers() {
-		g.Go(func() error { return j.worker(gctx) })
+		g.Go(func() error {
+			if err := j.worker(wctx); !errors.Is(err, errAllThere) {
+				return err
+			}
+			return nil
+		})
 	}
 	err := g.Wait()
 	stop(err)
 	<-watched
 	return err
+}
+
+// allThere waits until nothing is missing.
+func (j *job) allThere(ctx context.Context) error {
+	for {
+		j.mu.Lock()
+		done, changed := j.ledger.done(), j.changed
+		j.mu.Unlock()
+		if done {
+			return nil
+		}
+		select {
+		case <-changed:
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		}
+	}
 }
 
 // workers is how many connections the blob may use at once: one for a blob of one chunk.
@@ -147,6 +180,9 @@ func (j *job) noSource() error {
 	if len(gone) == 0 {
 		return fmt.Errorf("%w: no source was given: %w", errNoSource, errdefs.ErrNotFound)
 	}
+	if !slices.ContainsFunc(gone, func(err error) bool { return !errors.Is(err, ErrWrongSize) }) {
+		return fmt.Errorf("%w: %w", errNoSource, gone[0])
+	}
 	return fmt.Errorf("%w: %w", errNoSource, oneLine(gone))
 }
 
@@ -216,9 +252,12 @@ func (j *job) end(ctx context.Context, src *source, s *span, got int64, err erro
 	}
 	j.lastErr = src.failed(got, err)
 	l := log.G(ctx).WithField("digest", j.blob.Digest).WithField("host", src.host.name).WithError(j.lastErr)
-	if src.gone != nil {
-		l.Info("host is not asked for this blob any more")
-	} else {
+	switch {
+	case errors.Is(src.gone, errdefs.ErrFailedPrecondition):
+		l.Warn("host contradicts itself and is not asked for this blob any more")
+	case src.gone != nil:
+		l.Debug("host is not asked for this blob any more")
+	default:
 		l.Debug("connection failed, trying again")
 	}
 	return nil
@@ -246,7 +285,7 @@ func (j *job) exchange(ctx context.Context, src *source, s *span, buf []byte) (g
 	if err != nil {
 		return 0, err
 	}
-	defer body.Close()
+	defer func() { _ = body.Close() }()
 	in := &reader{job: j, host: src.host, body: body, timer: timer, patience: j.opts.Stall}
 	switch {
 	case body.Off == off && body.N > 0 && body.N <= n:

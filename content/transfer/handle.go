@@ -131,7 +131,7 @@ func (h *Handle) look(off int64) (data *os.File, n int64, changed <-chan struct{
 		return nil, 0, nil, fmt.Errorf("blob %s: %w", j.blob.Digest, fs.ErrClosed)
 	}
 	if h.generation != j.generation {
-		if h.read && off > 0 && j.err == nil {
+		if h.read && off > 0 {
 			return nil, 0, nil, fmt.Errorf("blob %s: %w", j.blob.Digest, ErrRestarted)
 		}
 		h.generation, h.read = j.generation, false
@@ -209,7 +209,9 @@ func (h *Handle) Close() error {
 		h.job.mu.Lock()
 		h.closed = true
 		h.job.mu.Unlock()
-		h.m.leave(h.job)
+		if h.m.leave(h.job) {
+			retire(context.Background(), h.job)
+		}
 	})
 	return nil
 }

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"reflect"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -141,7 +142,7 @@ func (j *job) addSource(s Source) {
 	}
 	n := 0
 	for _, have := range j.sources {
-		if have.Source == s {
+		if reflect.TypeOf(s).Comparable() && have.Source == s {
 			return
 		}
 		if have.host == h && have.gone == nil {
@@ -185,6 +186,7 @@ func (j *job) runLocked(ctx context.Context, exclusive bool) (err error) {
 			err = errors.Join(err, hold.lock.Close())
 		}
 	}()
+	j.setPhase(PhaseWaiting)
 	if err := j.shared.enter(ctx); err != nil {
 		return err
 	}

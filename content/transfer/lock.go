@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 	"time"
 
+	"github.com/containerd/errdefs"
 	"github.com/gofrs/flock"
 )
 
@@ -79,7 +80,7 @@ func lockFolder(ctx context.Context, root string, b Blob, exclusive bool, giveUp
 		}
 		waiting(name)
 		if idle := watch.idle(filepath.Join(root, name, stateName)); idle >= giveUp {
-			return nil, fmt.Errorf("another process holds %s and made no progress for %s", filepath.Join(root, locksName, name), idle)
+			return nil, fmt.Errorf("another process holds %s and made no progress for %s: %w", filepath.Join(root, locksName, name), idle, errdefs.ErrUnavailable)
 		}
 		if err := sleep(ctx, poll); err != nil {
 			return nil, err
@@ -95,7 +96,7 @@ func tryHold(root, name string, exclusive bool) (*holding, error) {
 	if exclusive {
 		return nil, nil
 	}
-	if log := peekComplete(root, name); !log {
+	if !peekComplete(root, name) {
 		return nil, nil
 	}
 	l, err = tryLock(root, name, true)
@@ -103,12 +104,6 @@ func tryHold(root, name string, exclusive bool) (*holding, error) {
 		return nil, err
 	}
 	return &holding{lock: l, name: name, shared: true}, nil
-}
-
-// peekComplete looks, without a lock, whether a folder claims to hold a finished blob.
-func peekComplete(root, name string) bool {
-	log := peekState(filepath.Join(root, name, stateName))
-	return log != nil && log.complete
 }
 
 // progressWatch tells for how long a lock's holder has recorded nothing.

@@ -169,19 +169,26 @@ func (m *Manager) Lookup(d digest.Digest, size int64) (*Handle, bool) {
 	if b.validate() != nil {
 		return nil, false
 	}
+	if h := m.lookup(b, false); h != nil {
+		return h, true
+	}
+	complete := peekComplete(m.root, folderName(m.root, b)) // reads the disk: not under the lock
+	h := m.lookup(b, complete)
+	return h, h != nil
+}
+
+// lookup joins a job that runs, or starts one from the disk alone.
+func (m *Manager) lookup(b Blob, start bool) *Handle {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	if m.closed {
-		return nil, false
-	}
 	j := m.jobs[b]
 	if j == nil || !j.addSources(nil) {
-		if !peekComplete(m.root, folderName(m.root, b)) {
-			return nil, false
+		if !start || m.closed {
+			return nil
 		}
 		j = m.start(context.Background(), b, nil)
 	}
-	return m.handle(j), true
+	return m.handle(j)
 }
 
 // start runs a new job. Called with mu held.
@@ -205,19 +212,27 @@ func (m *Manager) run(ctx context.Context, j *job) {
 	} else {
 		l.Debug("transfer complete")
 	}
+	if m.settle(j, err) {
+		retire(ctx, j)
+	}
+}
+
+// settle books the end of a job; true if nobody has a handle of it.
+func (m *Manager) settle(j *job, err error) bool {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	j.ended = true
-	if err != nil {
+	if j.grace != nil {
+		j.grace.Stop()
+	}
+	if err != nil || j.waiters == 0 {
 		m.drop(j)
-		if !errors.Is(err, errClosed) {
-			m.failed = append(m.failed, j.status())
-			m.failed = m.failed[max(0, len(m.failed)-maxFailed):]
-		}
 	}
-	if j.waiters == 0 {
-		m.retire(j)
+	if err != nil && !errors.Is(err, errClosed) {
+		m.failed = append(m.failed, j.status())
+		m.failed = m.failed[max(0, len(m.failed)-maxFailed):]
 	}
+	return j.waiters == 0
 }
 
 // drop makes sure nobody joins a job any more. Called with mu held.
@@ -227,14 +242,11 @@ func (m *Manager) drop(j *job) {
 	}
 }
 
-// retire ends an ended job that nobody has a handle of. Called with mu held.
-func (m *Manager) retire(j *job) {
-	m.drop(j)
-	if j.grace != nil {
-		j.grace.Stop()
-	}
+// retire closes the files of an ended job that nobody has a handle of and nobody can join. Not under Manager.mu: closing
+// the last descriptor of a large file that was removed takes its time.
+func retire(ctx context.Context, j *job) {
 	if err := j.retire(); err != nil {
-		log.L.WithField("digest", j.blob.Digest).WithError(err).Warn("closing a transfer")
+		log.G(ctx).WithField("digest", j.blob.Digest).WithError(err).Warn("closing a transfer")
 	}
 }
 
@@ -248,18 +260,19 @@ func (m *Manager) handle(j *job) *Handle {
 	return &Handle{m: m, job: j, generation: j.currentGeneration()}
 }
 
-// leave removes a waiter.
-func (m *Manager) leave(j *job) {
+// leave removes a waiter; true if it was the last one of an ended job.
+func (m *Manager) leave(j *job) bool {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	j.waiters--
-	switch {
-	case j.waiters > 0:
-	case j.ended:
-		m.retire(j)
-	default:
+	if j.waiters--; j.waiters > 0 {
+		return false
+	}
+	if j.ended {
+		m.drop(j)
+	} else {
 		j.grace = time.AfterFunc(m.opts.Grace, func() { m.abandon(j) })
 	}
+	return j.ended
 }
 
 // abandon stops a job that still has no waiter when its grace is over.

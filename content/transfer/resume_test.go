@@ -126,12 +126,12 @@ func damage(t *testing.T, dir string, do func(data, state *os.File) error) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer data.Close()
+	defer func() { _ = data.Close() }()
 	state, err := os.OpenFile(filepath.Join(dir, stateName), os.O_RDWR, 0)
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer state.Close()
+	defer func() { _ = state.Close() }()
 	if err := do(data, state); err != nil {
 		t.Fatal(err)
 	}
@@ -203,6 +203,31 @@ func TestRottenBlob(t *testing.T) {
 	wait(t, h)
 	if now, err := os.ReadFile(link); err != nil || !bytes.Equal(now, rotten) {
 		t.Errorf("somebody else's link was written: %v", err)
+	}
+}
+
+// TestRottenWhileShared has the rot found by a process that shares a finished blob with another one: it must wait for the
+// other to leave before it writes.
+func TestRottenWhileShared(t *testing.T) {
+	t.Parallel()
+	data, b := randomBlob(5, 3<<20)
+	root := t.TempDir()
+	m1, m2 := newManager(t, root, Options{}), newManager(t, root, Options{})
+	h1 := join(t, m1, b, &fakeSource{host: "a", data: data})
+	wait(t, h1)
+	damage(t, filepath.Dir(dataPath(m1, b)), func(data, _ *os.File) error { return flipAt(data, 1<<20) })
+	src := &fakeSource{host: "a", data: data}
+	h2 := join(t, m2, b, src)
+	eventually(t, "the exclusive lock is wanted", func() bool { return m2.List()[0].Phase == PhaseLock })
+	if _, sent := src.stats(); sent != 0 {
+		t.Errorf("wrote beside another process: %d bytes", sent)
+	}
+	if err := h1.Close(); err != nil {
+		t.Fatal(err)
+	}
+	wait(t, h2)
+	if got, err := readAll(t, h2); err != nil || !bytes.Equal(got, data) {
+		t.Errorf("read %d bytes, %v", len(got), err)
 	}
 }
 

@@ -6,6 +6,8 @@ import (
 	"fmt"
 	"io"
 	"math/rand/v2"
+	"net"
+	"syscall"
 	"time"
 
 	"github.com/containerd/errdefs"
@@ -32,6 +34,10 @@ type Body struct {
 	Off, N int64
 }
 
+// ErrWrongSize is what a Source answers that has the blob, but not with the size asked for. It is an
+// errdefs.ErrFailedPrecondition. When all sources say so, the transfer's error is one too: whoever stated the size was wrong.
+var ErrWrongSize = fmt.Errorf("the size is not the one asked for: %w", errdefs.ErrFailedPrecondition)
+
 // A source is dropped for good on these.
 var finalErrors = []error{
 	errdefs.ErrNotFound, errdefs.ErrUnauthenticated, errdefs.ErrPermissionDenied, errdefs.ErrFailedPrecondition,
@@ -53,8 +59,10 @@ const (
 	goodProgress = 64 << 10
 	// A host that ignores ranges sends everything from the start each time: so often without a new byte, then never again.
 	plainTries = 4
+	// Nothing listens at a host that never brought anything: so often, then it is not there. Whoever waits can fall back.
+	absentTries = 3
 	// More sources than this of one host bring nothing new.
-	sourcesPerHost = 4
+	sourcesPerHost = 3
 )
 
 type ranges int
@@ -100,6 +108,13 @@ func retryAfter(err error) time.Duration {
 	return 0
 }
 
+// isAbsent says whether nobody is there to answer, as opposed to somebody who is busy.
+func isAbsent(err error) bool {
+	var dns *net.DNSError
+	return errors.Is(err, syscall.ECONNREFUSED) || errors.Is(err, syscall.EHOSTUNREACH) || errors.Is(err, syscall.ENETUNREACH) ||
+		errors.As(err, &dns) && dns.IsNotFound
+}
+
 // failed books the end of a connection that brought got bytes. Called with job.mu held.
 func (s *source) failed(got int64, err error) error {
 	h := s.host
@@ -117,7 +132,7 @@ func (s *source) failed(got int64, err error) error {
 		wait = 0
 	}
 	h.until = later(h.until, time.Now().Add(max(wait, retryAfter(err))))
-	if h.ranges == rangesNo && h.fails >= plainTries {
+	if h.ranges == rangesNo && h.fails >= plainTries || h.received == 0 && h.fails >= absentTries && isAbsent(err) {
 		s.gone = err
 	}
 	return err

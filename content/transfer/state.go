@@ -10,6 +10,7 @@ import (
 	"io"
 	"math/rand/v2"
 	"os"
+	"path/filepath"
 )
 
 // The state file, little endian. A header of 64 bytes:
@@ -213,18 +214,29 @@ func (s *stateFile) append(kind byte, r record) error {
 
 func (s *stateFile) Close() error { return s.f.Close() }
 
-// peekState reads a state file without a lock and without trusting it; nil if there is none.
-func peekState(path string) *stateLog {
-	f, err := os.Open(path)
+// peekComplete looks, without a lock, whether a folder claims to hold a finished blob: then that is its last record.
+func peekComplete(root, name string) bool {
+	f, err := os.Open(filepath.Join(root, name, stateName))
 	if err != nil {
-		return nil
+		return false
 	}
-	defer f.Close()
-	log, err := readState(f)
+	defer func() { _ = f.Close() }()
+	h, err := peekHeader(f)
 	if err != nil {
-		return nil
+		return false
 	}
-	return log
+	st, err := f.Stat()
+	if err != nil {
+		return false
+	}
+	log := stateLog{stateHeader: h, blocks: map[uint32]record{}}
+	var b [recordSize]byte
+	last := (st.Size()-headerSize)/recordSize - 1
+	if _, err := f.ReadAt(b[:], headerSize+last*recordSize); last < 0 || err != nil {
+		return false
+	}
+	log.add(b[:])
+	return log.complete
 }
 
 // peekSize reads only the size in a state file's header.
@@ -233,11 +245,15 @@ func peekSize(path string) (int64, bool) {
 	if err != nil {
 		return 0, false
 	}
-	defer f.Close()
-	var b [headerSize]byte
-	if _, err := io.ReadFull(f, b[:]); err != nil {
-		return 0, false
-	}
-	h, err := decodeHeader(b[:])
+	defer func() { _ = f.Close() }()
+	h, err := peekHeader(f)
 	return h.size, err == nil
+}
+
+func peekHeader(f *os.File) (stateHeader, error) {
+	var b [headerSize]byte
+	if _, err := f.ReadAt(b[:], 0); err != nil {
+		return stateHeader{}, err
+	}
+	return decodeHeader(b[:])
 }

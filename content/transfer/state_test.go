@@ -25,9 +25,9 @@ func TestStateFile(t *testing.T) {
 	if err := s.Close(); err != nil {
 		t.Fatal(err)
 	}
-	log := peekState(path)
+	_, log, err := reopenState(path)
 	want := map[uint32]record{0: {0, blockSize, 1}, 2: {2, blockSize, 3}, 3: {3, 10, 4}}
-	if log == nil || log.sum != sum || log.complete || len(log.blocks) != len(want) {
+	if err != nil || log.sum != sum || log.complete || len(log.blocks) != len(want) {
 		t.Fatalf("got %+v, want %+v", log, want)
 	}
 	for b, r := range want {
@@ -49,9 +49,17 @@ func TestStateFile(t *testing.T) {
 	if err := s.Close(); err != nil {
 		t.Fatal(err)
 	}
-	if !peekState(path).complete {
+	if _, log, err := reopenState(path); err != nil || !log.complete || !peekComplete(filepath.Dir(path), "") {
 		t.Error("a record after a torn one is lost")
 	}
+}
+
+func reopenState(path string) (*stateFile, *stateLog, error) {
+	s, log, err := openState(path)
+	if err == nil {
+		err = s.Close()
+	}
+	return s, log, err
 }
 
 // FuzzState wants the parser to take anything, and what it accepts to be within the blob.
@@ -89,7 +97,7 @@ func FuzzState(f *testing.F) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		defer data.Close()
+		defer func() { _ = data.Close() }()
 		j := newJob("", Blob{Size: log.size}, Options{ConnectionsPerHost: 1}, &shared{})
 		j.folder = &folder{log: log, data: data}
 		checks, err := j.resume()

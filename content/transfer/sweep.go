@@ -95,7 +95,7 @@ func (m *Manager) remove(name string, age time.Duration) (removed bool, err erro
 			return false, nil
 		}
 	}
-	m.shared.forget(filepath.Join(path))
+	m.shared.forget(path)
 	if err := os.RemoveAll(path); err != nil {
 		return false, err
 	}

@@ -62,7 +62,7 @@ type Content struct {
 type Transfer struct {
 	Root               string
 	ChunkSize          int64 // bytes; 0: gantryd chooses by the size of the blob
-	ConnectionsPerHost int   // 0: gantryd chooses
+	ConnectionsPerHost int   // requests at once, over all blobs
 	KeepPartial        time.Duration
 	GiveUp             time.Duration
 }

@@ -83,7 +83,7 @@ func TestDefaults(t *testing.T) {
 		Containerd: Containerd{Address: "/run/containerd/containerd.sock", ContentSharingPolicy: "shared"},
 		Content:    Content{Root: "/var/lib/gantry/content"},
 		Transfer: Transfer{Root: "/var/lib/gantry/transfers",
-			KeepPartial: 24 * time.Hour, GiveUp: 2 * time.Minute},
+			ConnectionsPerHost: 8, KeepPartial: 24 * time.Hour, GiveUp: 2 * time.Minute},
 		Registry:    Registry{ConfigPath: "/etc/containerd/certs.d"},
 		Snapshotter: Snapshotter{Mount: "auto"},
 	}

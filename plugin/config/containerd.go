@@ -53,14 +53,15 @@ var dropIn = template.Must(template.New("containerd").Funcs(template.FuncMap{"q"
 #   2. save this file:              gantry config containerd > /etc/containerd/conf.d/gantry.toml
 #   3. /etc/containerd/config.toml  has at its top: imports = ["/etc/containerd/conf.d/*.toml"]
 #   4. systemctl restart containerd (running containers are not touched)
-# Switch off: stop and remove the containers that use the snapshotter {{q .Snapshotter}}, remove this file,
-#   systemctl restart containerd, and after that stop gantryd.
+# Switch off: remove the containers that use the snapshotter {{q .Snapshotter}}, remove this file,
+#   systemctl restart containerd, and only then stop gantryd.
 #
-# containerd's metadata goes on naming the blobs it had. gantryd's content.root is
+# containerd's metadata goes on naming the blobs that it has, and a pull fails if one of them is missing from the
+# store. gantryd's store is
 #   {{.Config.Content.Root}}
-# Blobs that lie elsewhere, in containerd's own io.containerd.content.v1.content, are not seen while gantry is
-# switched on: set content.root (and transfer.root, on the same file system) in gantryd's configuration to use
-# that folder in place, or let the images be pulled again.
+# If that is not the folder that containerd used before (io.containerd.content.v1.content below containerd's root), either
+# set content.root to that folder, and transfer.root to one on the same file system, in gantryd's configuration (the
+# layout is the same), or remove all images before switching on, and again before switching off.
 
 version = 3
 

@@ -37,14 +37,14 @@ func fields(c *Config) []field {
 			doc: "Must equal content_sharing_policy of containerd's io.containerd.metadata.v1.bolt. With isolated, a transfer or a layer file serves only the namespaces that fetched it themselves."},
 
 		{key: "content.root", value: path(&c.Content.Root), parent: &c.Root, derived: "content",
-			doc: "Complete blobs, laid out as containerd's own store lays them out. Point it at containerd's folder (io.containerd.content.v1.content) to keep images that are already there."},
+			doc: "Complete blobs, laid out as containerd's own store lays them out. Set it to containerd's own folder (io.containerd.content.v1.content) on a node that has images."},
 
 		{key: "transfer.root", value: path(&c.Transfer.Root), parent: &c.Root, derived: "transfers",
 			doc: "Blobs that are being fetched. Must be on the file system of content.root."},
 		{key: "transfer.chunk_size", value: size(&c.Transfer.ChunkSize, 1<<20, 64<<20), fallback: "0",
 			doc: "Bytes that one request asks a registry for. 0: gantryd chooses by the size of the blob."},
-		{key: "transfer.connections_per_host", value: count(&c.Transfer.ConnectionsPerHost, 64), fallback: "0",
-			doc: "Requests to one registry at once. 0: gantryd chooses."},
+		{key: "transfer.connections_per_host", value: count(&c.Transfer.ConnectionsPerHost, 1, 64), fallback: "8",
+			doc: "Requests to one registry host at once, over all blobs."},
 		{key: "transfer.keep_partial", value: duration(&c.Transfer.KeepPartial, time.Minute, 365*24*time.Hour), fallback: "24h",
 			doc: "How long a partial download that nobody asks for is kept for a retry."},
 		{key: "transfer.give_up", value: duration(&c.Transfer.GiveUp, time.Second, 2*time.Minute), fallback: "2m",
@@ -53,7 +53,7 @@ func fields(c *Config) []field {
 		{key: "registry.config_path", value: optionalPath(&c.Registry.ConfigPath), fallback: "/etc/containerd/certs.d",
 			doc: "The hosts.toml folders that containerd uses too. Empty: none."},
 
-		{key: "unpack.workers", value: count(&c.Unpack.Workers, 1024), fallback: "0",
+		{key: "unpack.workers", value: count(&c.Unpack.Workers, 0, 1024), fallback: "0",
 			doc: "Layers that are unpacked at once. 0: the number of CPUs."},
 
 		{key: "snapshotter.mount", value: oneOf(&c.Snapshotter.Mount, "auto", "file", "loop", "directory"), fallback: "auto",

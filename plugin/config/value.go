@@ -97,18 +97,18 @@ func (c choiceValue) allowed() string {
 }
 
 type countValue struct {
-	at  *int
-	max int64
+	at       *int
+	min, max int64
 }
 
-func count(at *int, most int64) value { return countValue{at, most} }
+func count(at *int, least, most int64) value { return countValue{at, least, most} }
 
 func (c countValue) set(v any) error {
 	n, ok := v.(int64)
 	if !ok {
 		return typeError(v)
 	}
-	if n < 0 || n > c.max {
+	if n < c.min || n > c.max {
 		return fmt.Errorf("%d is out of range", n)
 	}
 	*c.at = int(n)
@@ -117,7 +117,7 @@ func (c countValue) set(v any) error {
 
 func (c countValue) reset(fallback string) { *c.at, _ = strconv.Atoi(fallback) }
 func (c countValue) toml() string          { return strconv.Itoa(*c.at) }
-func (c countValue) allowed() string       { return fmt.Sprintf("a number from 0 to %d", c.max) }
+func (c countValue) allowed() string       { return fmt.Sprintf("a number from %d to %d", c.min, c.max) }
 
 type durationValue struct {
 	at       *time.Duration

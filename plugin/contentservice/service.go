@@ -33,7 +33,8 @@ type Service struct {
 	store *content.Store
 }
 
-// New returns the service of a store.
+// New returns the service of a store. The server needs grpc.WaitForHandlers, so
+// that Stop returns when the last stream has closed its ingest.
 func New(store *content.Store) *Service {
 	return &Service{ContentServer: contentserver.New(store), store: store}
 }

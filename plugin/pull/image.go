@@ -12,6 +12,7 @@ import (
 	"github.com/containerd/errdefs"
 	"github.com/containerd/log"
 	digest "github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"github.com/gantryd/gantry/content"
 	"github.com/gantryd/gantry/content/transfer"
@@ -264,8 +265,8 @@ func (w *waiter) Wait(ctx context.Context) error {
 	for {
 		select {
 		case err := <-done:
-			if err != nil && ctx.Err() == nil && w.Frontier() == 0 && final(err) {
-				w.puller.fail(w.image, w.origins, err)
+			if err != nil && ctx.Err() == nil {
+				err = w.failed(err)
 			}
 			return err
 		case <-failed:
@@ -277,6 +278,19 @@ func (w *waiter) Wait(ctx context.Context) error {
 			}
 		}
 	}
+}
+
+// failed decides what the end of the transfer means for the client.
+func (w *waiter) failed(err error) error {
+	if errors.Is(err, transfer.ErrWrongSize) {
+		desc := ocispec.Descriptor{Digest: w.Digest(), Size: w.Size()}
+		return w.puller.name(w.image.key.namespace, desc,
+			fmt.Errorf("manifest %s says it has %d bytes: %w: %w", w.image.key.manifest, w.Size(), content.ErrRefused, err))
+	}
+	if w.Frontier() == 0 && final(err) {
+		w.puller.fail(w.image, w.origins, err)
+	}
+	return err
 }
 
 // final says whether the error is about the repository rather than this blob.

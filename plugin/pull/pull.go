@@ -131,13 +131,21 @@ func (p *Puller) Deleted(d digest.Digest) {
 	if p.isolated {
 		return // whose transfer it was is not known here; the sweep removes it
 	}
-	m, err := p.transfers("")
-	if err == nil {
-		err = m.Forget(d)
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.closed {
+		return
 	}
-	if err != nil && !errdefs.IsNotFound(err) {
-		log.L.WithField("digest", d).WithError(err).Warn("removing a transfer")
-	}
+	// Freeing a large file takes its time, and containerd's garbage collection waits.
+	p.wg.Go(func() {
+		m, err := p.transfers("")
+		if err == nil {
+			err = m.Forget(d)
+		}
+		if err != nil && !errdefs.IsNotFound(err) {
+			log.L.WithField("digest", d).WithError(err).Warn("removing a transfer")
+		}
+	})
 }
 
 // Prepared implements snapshotter.Observer.

@@ -39,7 +39,7 @@ type Transfer struct {
 	Digest   digest.Digest `json:"digest"`
 	Size     int64         `json:"size"`     // bytes
 	Frontier int64         `json:"frontier"` // bytes without a gap from the start
-	Received int64         `json:"received"` // bytes received since the start of the transfer
+	Received int64         `json:"received"` // bytes that are there, in order or not
 	Rate     float64       `json:"rate"`     // bytes a second
 	Phase    string        `json:"phase"`    // waiting, lock, fetching, verifying, complete or failed
 	Hosts    []string      `json:"hosts,omitempty"`

@@ -3,15 +3,23 @@ package erofs
 import (
 	"fmt"
 	"io"
+	"os"
 	"runtime"
 	"sync/atomic"
 	"testing"
 	"time"
 )
 
-// synthetic is a tree of n files of all sizes in directories of 20, over a
-// layer that is never read, as a tar of such files would be.
-func synthetic(n int, oneTime bool) (*Inode, Device) {
+// synthetic is a tree of n files of all sizes in directories of 20, as a tar of
+// such files would give. The layer is /dev/zero: its padding is read by one
+// system call a file, as a real layer's is.
+func synthetic(b *testing.B, n int, oneTime bool) (*Inode, Device) {
+	b.Helper()
+	zero, err := os.Open("/dev/zero")
+	if err != nil {
+		b.Fatal(err)
+	}
+	b.Cleanup(func() { _ = zero.Close() })
 	root, off := dir(), int64(512)
 	var mid, leaf *Inode
 	for i := range n {
@@ -32,7 +40,7 @@ func synthetic(n int, oneTime bool) (*Inode, Device) {
 		leaf.Children = append(leaf.Children, Dirent{fmt.Sprintf("some_file_name_%d.py", i), f})
 		off += 512 + align(size, BlockSize)
 	}
-	return root, Device{Size: off}
+	return root, Device{ReaderAt: zero, Size: off}
 }
 
 // BenchmarkWrite reports the peak of the heap over what the tree takes, and
@@ -48,7 +56,7 @@ func BenchmarkWrite(b *testing.B) {
 		{"1M-one-time", 900_000, true},
 	} {
 		b.Run(bc.name, func(b *testing.B) {
-			root, layer := synthetic(bc.n, bc.oneTime)
+			root, layer := synthetic(b, bc.n, bc.oneTime)
 			runtime.GC()
 			var before runtime.MemStats
 			runtime.ReadMemStats(&before)

@@ -26,16 +26,23 @@ func (d Device) mappable() int64 { return d.Size &^ (BlockSize - 1) }
 
 // run is bytes off to end of a file that lie in the device from dev. The part
 // from mapOff to mapEnd, if any, is on the block grid of both; mapEnd is
-// behind end where the file ends within a block.
+// behind end where the file ends within a block that is zero from there on.
 type run struct {
 	off, end, dev  int64
 	mapOff, mapEnd int64
 }
 
-// runs checks the extents of a file and joins those that follow each other. It
-// uses buf's space.
-func runs(buf []run, in *Inode, layer Device) ([]run, error) {
-	out := buf[:0]
+// mapper finds out which data of a layer can be mapped.
+type mapper struct {
+	layer Device
+	runs  []run
+	pad   [BlockSize]byte
+}
+
+// find checks the extents of a file and joins those that follow each other.
+// The result is good until the next call.
+func (m *mapper) find(in *Inode) ([]run, error) {
+	layer, out := m.layer, m.runs[:0]
 	var end int64
 	for _, e := range in.Data {
 		if e.Off < end || e.Len < 0 || e.Len > in.Size-e.Off {
@@ -56,23 +63,54 @@ func runs(buf []run, in *Inode, layer Device) ([]run, error) {
 		}
 		out = append(out, run{off: e.Off, end: end, dev: e.DevOff})
 	}
+	m.runs = out
 	for i := range out {
-		out[i].fit(in.Size, layer.mappable())
+		if err := m.fit(&out[i], in.Size); err != nil {
+			return nil, err
+		}
 	}
 	return out, nil
 }
 
-// fit sets the part that can be mapped.
-func (r *run) fit(size, mappable int64) {
+// fit sets the part of a run that can be mapped.
+func (m *mapper) fit(r *run, size int64) error {
 	if (r.off^r.dev)&(BlockSize-1) != 0 {
-		return
+		return nil
 	}
 	r.mapOff = align(r.off, BlockSize)
 	r.mapEnd = r.end &^ (BlockSize - 1)
-	if r.end == size {
-		r.mapEnd = align(r.end, BlockSize)
+	if r.end == size && r.end != r.mapEnd {
+		clean, err := m.padded(r.dev + r.end - r.off)
+		if err != nil {
+			return err
+		}
+		if clean {
+			r.mapEnd += BlockSize
+		}
 	}
-	r.mapEnd = max(r.mapOff, min(r.mapEnd, mappable-r.dev+r.off))
+	r.mapEnd = max(r.mapOff, min(r.mapEnd, m.layer.mappable()-r.dev+r.off))
+	return nil
+}
+
+// padded says whether the layer has zeros from off to the end of that block.
+// The kernel shows what is there to whoever maps the file's last page, and
+// programs rely on zeros (a compiler that maps its source, for one). A device
+// without a reader counts as padded.
+func (m *mapper) padded(off int64) (bool, error) {
+	end := align(off, BlockSize)
+	if m.layer.ReaderAt == nil || end > m.layer.mappable() {
+		return true, nil
+	}
+	pad := m.pad[:end-off]
+	if n, err := m.layer.ReadAt(pad, off); n < len(pad) {
+		return false, fmt.Errorf("read layer at %d: %w", off+int64(n), noEOF(err))
+	}
+	for _, b := range pad {
+		if b != 0 {
+			return false, nil
+		}
+	}
+	return true, nil
 }
 
 // whole says whether the run is the file, all of it and mapped.

@@ -13,7 +13,7 @@ import (
 // script draws a tree from fuzzed bytes; when they run out, zeros follow.
 type script struct {
 	data   []byte
-	layer  int64
+	layer  []byte
 	inodes []*Inode
 }
 
@@ -59,15 +59,28 @@ func (s *script) inode() *Inode {
 	return in
 }
 
+// pad is right for most files, as in a tar.
+func (s *script) pad(in *Inode) {
+	if s.byte()%8 == 0 {
+		return
+	}
+	for _, e := range in.Data {
+		if e.DevOff < 0 || e.Len < 0 || e.DevOff > int64(len(s.layer))-e.Len {
+			return
+		}
+	}
+	pad(in, s.layer)
+}
+
 // extents draws a file with pieces that are on the block grid, or not, or (rarely) impossible.
 func (s *script) extents(in *Inode) {
 	off := int64(0)
 	for range s.byte() % 6 {
-		e := Extent{Off: off, Len: s.number(5000), DevOff: s.number(s.layer + 2)}
+		e := Extent{Off: off, Len: s.number(5000), DevOff: s.number(int64(len(s.layer)) + 2)}
 		if s.byte()%4 != 0 {
 			e.DevOff &^= 511
 		}
-		e.Len = min(e.Len, s.layer-e.DevOff)
+		e.Len = min(e.Len, int64(len(s.layer))-e.DevOff)
 		if s.byte()%3 == 0 {
 			e.Off += s.number(3000)
 		}
@@ -83,6 +96,7 @@ func (s *script) extents(in *Inode) {
 	} else {
 		in.Size += s.number(100_000) * int64(s.byte()%2)
 	}
+	s.pad(in)
 }
 
 func (s *script) xattrs(in *Inode) {
@@ -136,7 +150,7 @@ func FuzzWrite(f *testing.F) {
 			return
 		}
 		layer := layerFile(int(layerSize))
-		root := (&script{data: data, layer: int64(layerSize)}).tree()
+		root := (&script{data: data, layer: layer}).tree()
 		var b, again bytes.Buffer
 		err := Write(&b, root, device1(layer))
 		if err != nil {

@@ -157,7 +157,20 @@ func everything() (*Inode, []byte) {
 	addNames(add)
 	addXattrs(add)
 	addAttributes(add)
+	for _, c := range root.Children {
+		if !strings.HasPrefix(c.Name, "junk-") {
+			pad(c.Inode, layer)
+		}
+	}
 	return root, layer
+}
+
+// pad puts zeros behind the end of a file, as tar does.
+func pad(in *Inode, layer []byte) {
+	if n := len(in.Data); n > 0 && in.Data[n-1].Off+in.Data[n-1].Len == in.Size {
+		end := in.Data[n-1].DevOff + in.Data[n-1].Len
+		clear(layer[end:min(align(end, BlockSize), int64(len(layer)))])
+	}
 }
 
 type adder func(name string, in *Inode) *Inode
@@ -165,6 +178,8 @@ type adder func(name string, in *Inode) *Inode
 func addFiles(add adder, size, last int64) {
 	add("empty", file(0))
 	add("flat", file(1000, Extent{0, 1000, 512}))
+	add("junk-after-end", file(1000, Extent{0, 1000, 2048}))
+	add("junk-after-end-of-chunks", file(2000, Extent{0, 512, 1024}, Extent{1024, 976, 3072}))
 	add("flat-blocks", file(4096, Extent{0, 4096, 512 * 9}))
 	add("flat-big", file(2<<20+7, Extent{0, 2<<20 + 7, 1024}))
 	add("flat-joined", file(1600, Extent{0, 700, 512}, Extent{700, 0, 3}, Extent{700, 900, 1212}))
@@ -179,6 +194,7 @@ func addFiles(add adder, size, last int64) {
 	add("hole-after-partial-block", file(100000, Extent{0, 700, 512}))
 	add("hole-within-last-block", file(500, Extent{0, 100, 512}))
 	add("hole-at-start", file(100000, Extent{99840, 160, 1024}))
+	add("hole-in-first-chunk", file(1<<20, Extent{512, 1<<20 - 512, 1024}))
 	add("pieces", file(9000, Extent{0, 512, 4096}, Extent{600, 5, 99}, Extent{610, 1000, 8000}, Extent{4096, 4096, 8192}, Extent{8192, 808, 0}))
 	add("checkered", checkered())
 	add("6GiB", file(6<<30+5, Extent{5 << 30, 1 << 20, 512}, Extent{6 << 30, 5, 1024}))
@@ -254,6 +270,10 @@ func addAttributes(add adder) {
 	a.Mtime, a.MtimeNsec = 0, 0
 	a = add("before-1970", file(0))
 	a.Mtime, a.MtimeNsec = -1234567, 5
+	a = add("second-before-most", file(0))
+	a.Mtime--
+	a = add("nanosecond-before-most", file(0))
+	a.MtimeNsec--
 	a = add("year-2500", file(0))
 	a.Mtime = 16725225600
 	a = add("sticky", dir())

@@ -5,6 +5,14 @@
 // it with the layer's own tar as the extra device, so that no byte of file data
 // is copied. The on-disk format is documented in the Linux kernel
 // (Documentation/filesystems/erofs.rst and fs/erofs/erofs_fs.h).
+//
+// In an image come first superblock and device table, then the inodes, each
+// with its xattrs and what lies inline (the last block of a directory, a short
+// symlink, a table of chunks), then the data area (directories over a block,
+// long symlinks, file data that could not be mapped), and last a trailer of one
+// block with a checksum over all of it, which Verify checks. The layer, device
+// 1, is mapped behind: a file that is one run of whole blocks there has a plain
+// start block in that range and no table.
 package erofs
 
 // BlockSize is the block size of every image in bytes. Tar members start on
@@ -46,7 +54,8 @@ type Dirent struct {
 // Extent says that Len bytes of a file from Off are the bytes of the layer file
 // (device 1) from DevOff. All three may have any alignment: what the kernel can
 // read in place is mapped, the rest (a run off the block grid, the partial last
-// block of the device) is copied into the image.
+// block of the device, a last block that is not zero behind the file's end) is
+// copied into the image.
 type Extent struct {
 	Off    int64
 	Len    int64

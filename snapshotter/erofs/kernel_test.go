@@ -109,8 +109,33 @@ func (w *walker) compareFile(path string, in *Inode) {
 		w.tb.Error(err)
 		return
 	}
-	defer f.Close()
 	compareContent(w.tb, path, f, in, w.layer)
+	w.compareLastPage(path, int(f.Fd()), in.Size)
+	if err := f.Close(); err != nil {
+		w.tb.Error(err)
+	}
+}
+
+// compareLastPage checks that a mapping of the file has zeros behind its end.
+func (w *walker) compareLastPage(path string, fd int, size int64) {
+	page := int64(os.Getpagesize())
+	if size%page == 0 || size > 1<<40 {
+		return
+	}
+	m, err := unix.Mmap(fd, size&^(page-1), int(page), unix.PROT_READ, unix.MAP_SHARED)
+	if err != nil {
+		w.tb.Errorf("mmap %q: %v", path, err)
+		return
+	}
+	for i, b := range m[size%page:] {
+		if b != 0 {
+			w.tb.Errorf("%q: mapped byte %d behind its end is %#x", path, i, b)
+			break
+		}
+	}
+	if err := unix.Munmap(m); err != nil {
+		w.tb.Error(err)
+	}
 }
 
 func (w *walker) compareDir(path string, in *Inode) {

@@ -12,17 +12,16 @@ import (
 // what follows them, the data area, the trailer. The device is mapped behind.
 type layout struct {
 	*tree
-	layer     Device
+	mapper
 	dataStart uint32 // first block of the data area
 	blocks    uint32 // of the image without the trailer
 	mapped    uint32 // where the device's first block appears
-	runs      []run  // scratch
 }
 
 // arrange places inodes and data. The whole address space, device included,
 // has 2^32-1 blocks.
 func arrange(t *tree, layer Device) (*layout, error) {
-	l := &layout{tree: t, layer: layer}
+	l := &layout{tree: t, mapper: mapper{layer: layer}}
 	pos, data := int64(metaStart), int64(0)
 	for i := range t.count {
 		n := t.node(i)
@@ -113,17 +112,17 @@ func (l *layout) placeData(n *node) (tail, blocks int64, err error) {
 
 func (l *layout) placeFile(n *node) (tail, blocks int64, err error) {
 	size := n.in.Size
-	l.runs, err = runs(l.runs, n.in, l.layer)
+	rs, err := l.find(n.in)
 	if err != nil || size == 0 {
 		return 0, 0, err
 	}
-	if len(l.runs) == 1 && l.runs[0].whole(size) {
-		n.place, n.block = placeDevice, uint32(l.runs[0].dev/BlockSize)
+	if len(rs) == 1 && rs[0].whole(size) {
+		n.place, n.block = placeDevice, uint32(rs[0].dev/BlockSize)
 		return 0, 0, nil
 	}
 	n.place = placeChunks
 	var copied int64
-	n.chunkBits, copied = chooseChunks(l.runs, size)
+	n.chunkBits, copied = chooseChunks(rs, size)
 	if copied > 0 && l.layer.ReaderAt == nil {
 		return 0, 0, fmt.Errorf("data has to be copied from the layer, which cannot be read: %w", errdefs.ErrInvalidArgument)
 	}

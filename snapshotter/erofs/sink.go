@@ -64,8 +64,8 @@ func (s *sink) copyAt(r io.ReaderAt, off, n int64) {
 	for n > 0 && s.err == nil {
 		step := min(n, sinkSize/4)
 		got, err := r.ReadAt(s.next(int(step)), off)
-		if int64(got) < step && s.err == nil {
-			s.err = fmt.Errorf("erofs: read layer at %d: %w", off+int64(got), noEOF(err))
+		if int64(got) < step {
+			s.fail(fmt.Errorf("read layer at %d: %w", off+int64(got), noEOF(err)))
 		}
 		off += step
 		n -= step
@@ -77,6 +77,13 @@ func noEOF(err error) error {
 		return io.ErrUnexpectedEOF
 	}
 	return err
+}
+
+// fail remembers an error of the image's sources.
+func (s *sink) fail(err error) {
+	if err != nil && s.err == nil {
+		s.err = fmt.Errorf("erofs: %w", err)
+	}
 }
 
 func (s *sink) flush() {

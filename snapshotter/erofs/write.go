@@ -35,6 +35,9 @@ func Write(w io.Writer, root *Inode, layer Device) error {
 	l.writeSuper(s, l.uuid())
 	l.writeInodes(s)
 	l.writeData(s)
+	if want := int64(l.blocks) * BlockSize; s.err == nil && s.off != want {
+		return fmt.Errorf("erofs: image of %d bytes was laid out with %d: %w", s.off, want, errdefs.ErrInternal)
+	}
 	writeTrailer(s)
 	s.flush()
 	return s.err
@@ -123,16 +126,12 @@ func (l *layout) diskInode(n *node, ino uint32) diskInode {
 	return d
 }
 
-// mustRuns is runs for a file that arrange has checked.
-func (l *layout) mustRuns(n *node) []run {
-	l.runs, _ = runs(l.runs, n.in, l.layer)
-	return l.runs
-}
-
 func (l *layout) writeChunkTable(s *sink, n *node) {
 	s.align(chunkIndexSize)
 	next := l.dataStart + n.block
-	eachChunk(l.mustRuns(n), n.in.Size, n.chunkBits, func(kind chunkKind, off, end int64, rs []run) {
+	rs, err := l.find(n.in)
+	s.fail(err)
+	eachChunk(rs, n.in.Size, n.chunkBits, func(kind chunkKind, off, end int64, rs []run) {
 		dev, block := uint16(0), uint32(nullBlock)
 		switch kind {
 		case chunkMapped:
@@ -166,7 +165,9 @@ func (l *layout) writeData(s *sink) {
 }
 
 func (l *layout) writeChunks(s *sink, n *node) {
-	eachChunk(l.mustRuns(n), n.in.Size, n.chunkBits, func(kind chunkKind, off, end int64, rs []run) {
+	rs, err := l.find(n.in)
+	s.fail(err)
+	eachChunk(rs, n.in.Size, n.chunkBits, func(kind chunkKind, off, end int64, rs []run) {
 		if kind != chunkCopied {
 			return
 		}

@@ -77,9 +77,8 @@ func (b *builder) apply(hdr *tar.Header, extents []erofs.Extent) error {
 	if err != nil {
 		return err
 	}
-	path := filepath.Join(parent, filepath.Join("/", base))
-	if path == "/" {
-		return nil // the root is not the tar's to change
+	if base == "" || base == "." || base == ".." {
+		return nil // the root, which is not the tar's to change
 	}
 	dir, err := b.mkparent(parent)
 	if err != nil {
@@ -89,7 +88,7 @@ func (b *builder) apply(hdr *tar.Header, extents []erofs.Extent) error {
 	if strings.HasPrefix(base, whiteoutPrefix) {
 		return b.whiteout(dir, parent, base, hdr)
 	}
-	return b.replace(dir, path, base, hdr, extents)
+	return b.replace(dir, join(parent, base), base, hdr, extents)
 }
 
 func (b *builder) replace(dir *erofs.Inode, path, base string, hdr *tar.Header, extents []erofs.Extent) error {
@@ -123,6 +122,14 @@ func (b *builder) replace(dir *erofs.Inode, path, base string, hdr *tar.Header, 
 		return b.hold(len(name) + 32)
 	}
 	return nil
+}
+
+// join appends one name to a clean path.
+func join(path, name string) string {
+	if path == "/" {
+		return path + name
+	}
+	return path + "/" + name
 }
 
 // checkNew refuses a name that the kernel would refuse to create.
@@ -249,7 +256,7 @@ func (b *builder) whiteout(dir *erofs.Inode, parent, base string, hdr *tar.Heade
 	if base == "" || base == "." || base == ".." {
 		return errors.New("whiteout of no name")
 	}
-	if err := b.checkNew(filepath.Join(parent, base), base); err != nil {
+	if err := b.checkNew(join(parent, base), base); err != nil {
 		return err
 	}
 	if b.child(dir, base) != nil {

@@ -21,6 +21,7 @@ package layer
 
 import (
 	"context"
+	_ "crypto/sha512" // blobs may have such digests
 	"errors"
 	"fmt"
 	"io"
@@ -193,7 +194,8 @@ func (c *Cache) adoptLocked(l *Layer) bool {
 	return unix.UtimesNanoAt(unix.AT_FDCWD, l.Path, nil, 0) == nil
 }
 
-// Get returns a layer of the cache, or errdefs.ErrNotFound. Its table comes
+// Get returns a layer of the cache, or errdefs.ErrNotFound, or
+// errdefs.ErrDataLoss if its file can no longer be read as a tar. Its table comes
 // from memory or is scanned again from the file; several calls share one scan.
 // Whether the file still hashes to its name is not looked at: see Verify.
 func (c *Cache) Get(ctx context.Context, diffID digest.Digest) (*Layer, error) {
@@ -206,6 +208,9 @@ func (c *Cache) Get(ctx context.Context, diffID digest.Digest) (*Layer, error) {
 		return nil, notFound(diffID, err)
 	}
 	t, err := c.tables.get(ctx, diffID, func(ctx context.Context) (*Table, error) { return c.rescan(ctx, path) })
+	if errdefs.IsInvalidArgument(err) {
+		return nil, fmt.Errorf("layer file %s is damaged (%s); remove it and pull again: %w", path, err.Error(), errdefs.ErrDataLoss)
+	}
 	if err != nil {
 		return nil, notFound(diffID, err)
 	}

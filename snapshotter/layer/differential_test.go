@@ -7,6 +7,7 @@ import (
 	"io/fs"
 	"maps"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -447,5 +448,39 @@ func TestTableEqualsContainerd(t *testing.T) {
 			t.Parallel()
 			compare(t, tar)
 		})
+	}
+}
+
+// TestGNUTar takes tars that GNU tar writes, holes included.
+func TestGNUTar(t *testing.T) {
+	t.Parallel()
+	src := t.TempDir()
+	f, err := os.Create(filepath.Join(src, "holes"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	for i := range int64(40) {
+		if _, err := f.WriteAt([]byte(longName(int(100*i+1))), i*70000); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := errors.Join(f.Truncate(5<<20), os.WriteFile(filepath.Join(src, longName(200)), []byte("x"), 0o600)); err != nil {
+		t.Fatal(err)
+	}
+	for _, flags := range []string{
+		"--format=gnu", "--format=ustar --exclude=nn*", "--format=posix",
+		"--format=posix --sparse --sparse-version=0.0", "--format=posix --sparse --sparse-version=0.1", "--format=posix --sparse --sparse-version=1.0",
+		"--format=gnu --sparse", // refused by both
+	} {
+		cmd := exec.CommandContext(t.Context(), "tar", append(strings.Fields(flags), "--numeric-owner", "-cf", "-", "-C", src, ".")...)
+		tar, err := cmd.Output()
+		if err != nil {
+			t.Fatalf("tar %s: %v", flags, err)
+		}
+		table := compare(t, tar)
+		if refused := flags == "--format=gnu --sparse"; refused != (table == nil) {
+			t.Errorf("tar %s: refused: %v", flags, table == nil)
+		}
 	}
 }

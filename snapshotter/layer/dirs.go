@@ -87,7 +87,11 @@ func (b *builder) mkparent(path string) (*erofs.Inode, error) {
 // one after the other. Only a path that no symlink is part of stays valid until
 // something is removed.
 func (b *builder) remember(name, path string, dir *erofs.Inode) {
-	if filepath.Join("/", name) == path {
+	if b.lastDir == nil || b.lastName != name {
+		b.lastDir = nil
+		if filepath.Join("/", name) != path {
+			return
+		}
 		b.lastName, b.lastPath, b.lastDir = name, path, dir
 	}
 }

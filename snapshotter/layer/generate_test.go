@@ -14,7 +14,12 @@ import (
 
 // choices turns bytes into a tar: names from a small alphabet, so that members
 // meet each other often.
-type choices struct{ data []byte }
+type choices struct {
+	data []byte
+	// A default ACL that an implied directory takes from a parent layer does not
+	// reach what the layer has in it: the one known difference of Index.
+	noDefaultACL bool
+}
 
 func (c *choices) more() bool { return len(c.data) > 0 }
 
@@ -93,7 +98,9 @@ func (c *choices) member() member {
 	case 2:
 		m = xattr(m, aclAccess, aclOfChoice[c.pick(3)])
 	case 3:
-		m = xattr(m, aclDefault, aclOfChoice[c.pick(3)])
+		if value := aclOfChoice[c.pick(3)]; !c.noDefaultACL {
+			m = xattr(m, aclDefault, value)
+		}
 	case 4:
 		m = pax(m, "mtime", fmt.Sprintf("%d.%09d", c.pick(100)-20, c.pick(200)*1001))
 	case 5:
@@ -150,10 +157,10 @@ func TestRandomTablesEqualContainerd(t *testing.T) {
 	t.Parallel()
 	r := rand.New(rand.NewPCG(1, 2))
 	accepted := 0
-	for range 1500 {
+	for range 1500 { //nolint:paralleltest // they count together
 		data := randomBytes(r, 20+r.IntN(120))
 		t.Run("", func(t *testing.T) {
-			if compare(t, (&choices{data}).makeTar()) != nil {
+			if compare(t, (&choices{data: data}).makeTar()) != nil {
 				accepted++
 			}
 		})
@@ -170,7 +177,7 @@ func FuzzTableEqualsContainerd(f *testing.F) {
 		f.Add(randomBytes(r, 100))
 	}
 	f.Fuzz(func(t *testing.T, data []byte) {
-		compare(t, (&choices{data}).makeTar())
+		compare(t, (&choices{data: data}).makeTar())
 	})
 }
 

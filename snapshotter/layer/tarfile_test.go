@@ -23,7 +23,6 @@ type member struct {
 	pax      map[string]string
 	data     string
 	size     int64 // of the header, if not len(data)
-	format   string
 }
 
 type rawTar struct{ bytes.Buffer }

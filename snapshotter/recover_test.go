@@ -1,0 +1,331 @@
+package snapshotter
+
+import (
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/containerd/errdefs"
+	"github.com/moby/sys/mountinfo"
+
+	"github.com/gantryd/gantry/snapshotter/layer"
+)
+
+// unmountLayers does to the mounts what a reboot does.
+func (r *rig) unmountLayers(t *testing.T) {
+	t.Helper()
+	infos, err := mountinfo.GetMounts(mountinfo.PrefixFilter(r.mountsDir()))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, i := range infos {
+		if err := unmountAll(i.Mountpoint); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+func TestRestart(t *testing.T) {
+	layers := image(t)[:3]
+	tests := map[string]func(t *testing.T, r *rig){
+		"nothing happened": func(*testing.T, *rig) {},
+		"reboot":           func(t *testing.T, r *rig) { r.unmountLayers(t) },
+		"indexes gone": func(t *testing.T, r *rig) {
+			r.unmountLayers(t)
+			eachIndex(t, r, os.Remove)
+		},
+		"indexes cut": func(t *testing.T, r *rig) {
+			r.unmountLayers(t)
+			eachIndex(t, r, func(name string) error { return os.Truncate(name, 1024) })
+		},
+		"indexes damaged": func(t *testing.T, r *rig) {
+			r.unmountLayers(t)
+			eachIndex(t, r, flipByte)
+		},
+		"layer cache gone": func(t *testing.T, r *rig) {
+			r.unmountLayers(t)
+			eachIndex(t, r, os.Remove)
+			for _, e := range entries(t, filepath.Join(filepath.Dir(r.root), "layers", "sha256")) {
+				if err := os.Remove(e); err != nil {
+					t.Fatal(err)
+				}
+			}
+		},
+		"no EROFS any more": func(t *testing.T, r *rig) {
+			r.unmountLayers(t)
+			r.opts.Mount = ModeDirectory
+		},
+		"no EROFS and killed while extracting": func(t *testing.T, r *rig) {
+			r.unmountLayers(t)
+			r.opts.Mount = ModeDirectory
+			for _, dir := range entries(t, r.snapshotsDir()) {
+				writeTestFile(t, filepath.Join(dir, "extracting"))
+				if err := os.MkdirAll(filepath.Join(dir, "upper"), 0o755); err != nil {
+					t.Fatal(err)
+				}
+				writeTestFile(t, filepath.Join(dir, "upper", "half"))
+			}
+		},
+		"leftovers": func(t *testing.T, r *rig) {
+			for _, dir := range []string{"4711", "9.stale1", "lost+found"} {
+				if err := os.MkdirAll(filepath.Join(r.dir(dir), "upper", "x"), 0o700); err != nil {
+					t.Fatal(err)
+				}
+			}
+			if err := os.Mkdir(r.mountpoint("4712"), 0o700); err != nil {
+				t.Fatal(err)
+			}
+			id := r.id(t, "rebase-1")
+			if err := mountTar(t.Context(), ModeFile, r.index(id), r.layer(id), r.mountpoint("4712")); err != nil {
+				t.Fatal(err)
+			}
+			writeTestFile(t, r.index(id)+".tmp")
+			if err := os.MkdirAll(filepath.Join(r.root, "probe", "mnt"), 0o700); err != nil {
+				t.Fatal(err)
+			}
+			if err := mountTar(t.Context(), ModeFile, r.index(id), r.layer(id), filepath.Join(r.root, "probe", "mnt")); err != nil {
+				t.Fatal(err)
+			}
+		},
+	}
+	want := reference(t, nil, layers...)
+	for name, between := range tests {
+		t.Run(name, func(t *testing.T) {
+			r := newRig(t, ModeFile)
+			var tops []string
+			for _, how := range unpacks {
+				tops = append(tops, r.pull(t, how, how.name, "", layers...))
+			}
+			for _, top := range tops {
+				sameTree(t, r.show(t, top), want)
+			}
+			between(t, r)
+			r.restart(t, nil)
+			for _, top := range tops {
+				sameTree(t, r.show(t, top), want)
+			}
+			if got := len(entries(t, r.snapshotsDir())); got != 6 {
+				t.Errorf("%d folders in snapshots, want 6", got)
+			}
+			if n := len(entries(t, r.mountsDir())); r.opts.Mount == ModeFile && n != 6 {
+				t.Errorf("%d mount points, want 6", n)
+			}
+			for _, dir := range entries(t, r.snapshotsDir()) {
+				for _, e := range entries(t, dir) {
+					if strings.HasSuffix(e, ".tmp") || strings.HasSuffix(e, "extracting") {
+						t.Errorf("%s is left", e)
+					}
+				}
+			}
+			if exists(filepath.Join(r.root, "probe")) {
+				t.Error("probe is left")
+			}
+		})
+	}
+}
+
+// A mount that somebody takes away while gantryd runs must not show as an empty
+// layer.
+func TestMissingMountIsMadeAgain(t *testing.T) {
+	layers := image(t)[:3]
+	want := reference(t, nil, layers...)
+	r := newRig(t, ModeFile)
+	top := r.pull(t, unpacks[0], "x", "", layers...)
+	if _, err := r.View(t.Context(), "view", top); err != nil {
+		t.Fatal(err)
+	}
+	r.unmountLayers(t)
+	mounts, err := r.Mounts(t.Context(), "view")
+	if err != nil {
+		t.Fatal(err)
+	}
+	sameTree(t, look(t, mounts), want)
+	r.unmountLayers(t)
+	sameTree(t, r.show(t, top), want)
+}
+
+func TestCutLayerIsNotMounted(t *testing.T) {
+	r := newRig(t, ModeFile)
+	top := r.pull(t, unpacks[0], "x", "", image(t)[0])
+	id := r.id(t, top)
+	r.restart(t, func() {
+		r.unmountLayers(t)
+		if err := os.Truncate(r.layer(id), 4096); err != nil {
+			t.Fatal(err)
+		}
+	})
+	_, err := r.View(t.Context(), "view", top)
+	if !errdefs.IsDataLoss(err) {
+		t.Errorf("got %v, want ErrDataLoss", err)
+	}
+	// The failed View is gone, so the name can be used again.
+	if _, err := r.Stat(t.Context(), "view"); !errdefs.IsNotFound(err) {
+		t.Errorf("Stat: got %v, want ErrNotFound", err)
+	}
+}
+
+func TestLostFolders(t *testing.T) {
+	r := newRig(t, ModeFile)
+	for _, key := range []string{"active", "a"} {
+		if _, err := r.Prepare(t.Context(), key, ""); err != nil {
+			t.Fatal(err)
+		}
+	}
+	r.commit(t, "committed", "a", "")
+	active, committed := r.id(t, "active"), r.id(t, "committed")
+	r.restart(t, func() {
+		for _, id := range []string{active, committed} {
+			if err := os.RemoveAll(r.dir(id)); err != nil {
+				t.Fatal(err)
+			}
+		}
+	})
+	mounts, err := r.Mounts(t.Context(), "active")
+	if err != nil {
+		t.Fatal(err)
+	}
+	look(t, mounts)
+	if _, err := r.Prepare(t.Context(), "child", "committed"); err == nil {
+		t.Error("a lost directory layer was used as a parent")
+	}
+}
+
+// TestKilled kills a process that pulls, over and over, and looks at what the
+// next one makes of it.
+func TestKilled(t *testing.T) {
+	for _, mode := range mountModes {
+		t.Run(string(mode), func(t *testing.T) {
+			dir := t.TempDir()
+			t.Cleanup(func() { mountsUnder(dir) })
+			for round := range 6 {
+				cmd := exec.CommandContext(t.Context(), "/proc/self/exe", "-test.run=^TestKilledChild$")
+				cmd.Env = append(os.Environ(), "GANTRY_KILLED="+dir, "GANTRY_MODE="+string(mode))
+				out, err := cmd.StdoutPipe()
+				if err != nil {
+					t.Fatal(err)
+				}
+				if err := cmd.Start(); err != nil {
+					t.Fatal(err)
+				}
+				// The first byte says that it works; then it gets a little time.
+				if _, err := io.ReadFull(out, make([]byte, 1)); err != nil {
+					t.Fatal(err)
+				}
+				select {
+				case <-time.After(time.Duration(3+round*17) * time.Millisecond):
+				case <-t.Context().Done():
+				}
+				if err := cmd.Process.Kill(); err != nil {
+					t.Fatal(err)
+				}
+				_ = cmd.Wait()
+				afterKill(t, dir, mode)
+			}
+		})
+	}
+}
+
+func afterKill(t *testing.T, dir string, mode Mode) {
+	t.Helper()
+	cache, err := layer.Open(filepath.Join(dir, "layers"), layer.Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	r := &rig{root: filepath.Join(dir, "root"), cache: cache, opts: Options{Mount: mode}}
+	r.open(t)
+	defer func() {
+		if err := r.Close(); err != nil {
+			t.Error(err)
+		}
+	}()
+	keys, err := r.loadKeys(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	layers := image(t)
+	wants := map[string]map[string]string{}
+	for n := range layers {
+		wants[fmt.Sprint(n)] = reference(t, nil, layers[:n+1]...)
+	}
+	for _, key := range keys {
+		if strings.HasPrefix(key, "extract-") {
+			continue
+		}
+		sameTree(t, r.show(t, key), wants[key[strings.LastIndex(key, "-")+1:]])
+	}
+	for _, dir := range append(entries(t, r.snapshotsDir()), entries(t, r.mountsDir())...) {
+		if _, ok := keys[filepath.Base(dir)]; !ok {
+			t.Errorf("%s is left", dir)
+		}
+	}
+}
+
+// TestKilledChild is the process that TestKilled kills.
+func TestKilledChild(t *testing.T) {
+	dir := os.Getenv("GANTRY_KILLED")
+	if dir == "" {
+		return
+	}
+	cache, err := layer.Open(filepath.Join(dir, "layers"), layer.Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	r := &rig{root: filepath.Join(dir, "root"), cache: cache, opts: Options{Mount: Mode(os.Getenv("GANTRY_MODE"))}}
+	r.open(t)
+	layers := image(t)
+	if _, err := os.Stdout.WriteString("x"); err != nil {
+		t.Fatal(err)
+	}
+	for i := range 1000 {
+		r.pull(t, unpacks[i%2], fmt.Sprintf("p%d-%d", os.Getpid(), i), "", layers...)
+	}
+}
+
+func eachIndex(t *testing.T, r *rig, change func(string) error) {
+	t.Helper()
+	for _, dir := range entries(t, r.snapshotsDir()) {
+		if err := change(filepath.Join(dir, "index")); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+func flipByte(name string) error {
+	f, err := os.OpenFile(name, os.O_RDWR, 0)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	b := make([]byte, 1)
+	if _, err := f.ReadAt(b, 1500); err != nil {
+		return err
+	}
+	b[0] ^= 4
+	_, err = f.WriteAt(b, 1500)
+	return err
+}
+
+func entries(t *testing.T, dir string) []string {
+	t.Helper()
+	list, err := os.ReadDir(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var paths []string
+	for _, e := range list {
+		paths = append(paths, filepath.Join(dir, e.Name()))
+	}
+	return paths
+}
+
+func writeTestFile(t *testing.T, name string) {
+	t.Helper()
+	if err := os.WriteFile(name, []byte("x"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+}
