@@ -285,7 +285,7 @@ func (w *waiter) failed(err error) error {
 	if errors.Is(err, transfer.ErrWrongSize) {
 		desc := ocispec.Descriptor{Digest: w.Digest(), Size: w.Size()}
 		return w.puller.name(w.image.key.namespace, desc,
-			fmt.Errorf("manifest %s says it has %d bytes: %w: %w", w.image.key.manifest, w.Size(), content.ErrRefused, err))
+			fmt.Errorf("manifest %s says it has %d bytes, which is wrong: %w: %w", w.image.key.manifest, w.Size(), content.ErrRefused, err))
 	}
 	if w.Frontier() == 0 && final(err) {
 		w.puller.fail(w.image, w.origins, err)
