@@ -66,10 +66,7 @@ func waitSent(t *testing.T, p *harness.Proxy, dgst digest.Digest, n int64, pulle
 	tick := time.NewTicker(10 * time.Millisecond)
 	defer tick.Stop()
 	for {
-		var sent int64
-		for _, bytes := range p.BlobBytes()[dgst] {
-			sent += bytes
-		}
+		sent := sentOf(p, dgst)
 		if sent >= n {
 			return
 		}
@@ -81,6 +78,15 @@ func waitSent(t *testing.T, p *harness.Proxy, dgst digest.Digest, n int64, pulle
 		case <-tick.C:
 		}
 	}
+}
+
+// sentOf sums up what all clients were sent of a blob.
+func sentOf(p *harness.Proxy, dgst digest.Digest) int64 {
+	var sent int64
+	for _, bytes := range p.BlobBytes()[dgst] {
+		sent += bytes
+	}
+	return sent
 }
 
 func mustExec(t *testing.T, n *harness.Node, id string, args ...string) string {

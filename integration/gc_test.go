@@ -152,17 +152,21 @@ func layerFiles(t *testing.T, n *harness.Node) []string {
 // stand still if anything of gantry waited for it there.
 func TestCollectionDoesNotWait(t *testing.T) {
 	n, r, p := setup(t, harness.Options{})
-	im, ref := push(t, r, p.Host(), "stalled", small(20, 8<<20))
+	im, ref := push(t, r, p.Host(), "stalled", small(20, 64<<20))
 	_, other := push(t, r, r.Host(), "other", small(21, 1<<20))
 	if err := n.AddRegistry("http", r.Host()); err != nil {
 		t.Fatal(err)
 	}
 	big := im.Layers[2].Digest
 	p.SetRule(func(req *http.Request) *harness.Fault {
-		if strings.HasSuffix(req.URL.Path, big.String()) {
+		switch {
+		case !strings.HasSuffix(req.URL.Path, big.String()):
+			return nil
+		case sentOf(p, big) < 1<<20:
 			return &harness.Fault{StallAfter: 1 << 20}
+		default:
+			return &harness.Fault{StallAfter: 1}
 		}
-		return nil
 	})
 	ctx, cancel := context.WithCancel(t.Context())
 	defer cancel()

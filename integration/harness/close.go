@@ -25,6 +25,12 @@ import (
 // would have been left behind: a daemon that had died, a shim nobody stopped,
 // a mount that was busy. It is gone all the same, as far as that is possible.
 func (n *Node) Close() error {
+	return errors.Join(n.Stop(), Sweep(n.Dir))
+}
+
+// Stop ends containers, containerd and gantryd and leaves the folder, and what
+// is mounted there, to [Sweep].
+func (n *Node) Stop() error {
 	var errs []error
 	if n.client != nil {
 		errs = append(errs, n.stopTasks(), n.client.Close())
@@ -36,7 +42,6 @@ func (n *Node) Close() error {
 	if n.gantryd != nil {
 		errs = append(errs, n.gantryd.Stop())
 	}
-	errs = append(errs, Sweep(n.Dir))
 	return errors.Join(errs...)
 }
 
