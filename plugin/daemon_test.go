@@ -304,7 +304,7 @@ func TestContainerdComesLater(t *testing.T) {
 	go func() { served <- srv.Serve(l) }()
 	defer func() {
 		srv.Stop()
-		_ = <-served
+		<-served //nolint:errcheck // only its end counts
 	}()
 	labels, err := client.Labels(t.Context(), "good", digest.FromString("x"))
 	if err != nil || labels["k"] != "v" {

@@ -55,7 +55,7 @@ func serveEdge(t *testing.T, logger *log.Entry, f serverFunc) string {
 	go func() { done <- srv.Serve(l) }()
 	t.Cleanup(func() {
 		srv.Stop()
-		_ = <-done
+		<-done //nolint:errcheck // only its end counts
 	})
 	return address
 }

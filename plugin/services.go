@@ -5,7 +5,6 @@
 package plugin
 
 import (
-	"context"
 	"fmt"
 	"path/filepath"
 	"runtime"
@@ -125,19 +124,19 @@ func initPull(ic *cplugin.InitContext) (any, error) {
 	if err != nil {
 		return nil, err
 	}
-	return newPull(ic.Context, configOf(ic), blobs.of, sources, layers, client)
+	return newPull(configOf(ic), blobs.of, sources, layers, client)
 }
 
 // newPull is the one call of plugin/pull's constructor.
 func newPull(
-	ctx context.Context, c *config.Config, transfers func(string) (*transfer.Manager, error),
+	c *config.Config, transfers func(string) (*transfer.Manager, error),
 	sources *registry.Registry, layers *layer.Cache, client pull.Containerd,
 ) (*pull.Puller, error) {
 	workers := c.Unpack.Workers
 	if workers == 0 {
 		workers = runtime.NumCPU()
 	}
-	return pull.New(ctx, pull.Options{
+	return pull.New(pull.Options{
 		Transfers: transfers, Registry: sources, Layers: layers, Containerd: client,
 		Isolated: c.Containerd.ContentSharingPolicy == config.PolicyIsolated, Workers: workers,
 	})
@@ -154,7 +153,7 @@ func initContent(ic *cplugin.InitContext) (any, error) {
 	}
 	// The puller reads manifests from the store, and the store asks the puller
 	// for layers: the circle is closed here.
-	puller.Start(store)
+	puller.Start(ic.Context, store)
 	return store, nil
 }
 

@@ -199,7 +199,7 @@ func TestTruncatedAnywhere(t *testing.T) {
 	for name, in := range map[string][]byte{
 		"gzip": gz(t, data, gzip.Header{Name: "n", Comment: "c", Extra: []byte("ee")}),
 		"zstd": join(skippable(2, "skip"), zst(t, data)),
-		"lz4":  lz(t, data, lz4.ChecksumOption(true)),
+		"lz4":  lz(t, data, lz4.ChecksumOption(true), lz4.BlockSizeOption(lz4.Block64Kb)),
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()

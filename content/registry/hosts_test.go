@@ -1,8 +1,11 @@
 package registry
 
 import (
+	"crypto/tls"
+	"crypto/x509"
 	"encoding/pem"
 	"fmt"
+	"net/http/httptest"
 	"os"
 	"path/filepath"
 	"slices"
@@ -266,6 +269,36 @@ func TestTLS(t *testing.T) {
 			t.Errorf("%v, %d requests in the clear", err, len(plain.requests()))
 		}
 	})
+}
+
+// TestClientCertificate logs in by certificate, in both forms of hosts.toml.
+func TestClientCertificate(t *testing.T) {
+	t.Parallel()
+	h := newHost(t, serve, func(s *httptest.Server) {
+		s.TLS = &tls.Config{ClientAuth: tls.RequireAnyClientCert, MinVersion: tls.VersionTLS12}
+		s.StartTLS()
+	})
+	pair := h.TLS.Certificates[0] // any will do
+	der, err := x509.MarshalPKCS8PrivateKey(pair.PrivateKey)
+	if err != nil {
+		t.Fatal(err)
+	}
+	cert := pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: pair.Certificate[0]})
+	key := pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: der})
+	for name, client := range map[string]string{"pair": `client = [["c.pem", "k.pem"]]`, "one file": `client = "both.pem"`, "none": ""} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			root := certs(t, "images.example", fmt.Sprintf("server = %q\nca = %q\n%s\n", h.URL, caFile(t, h), client))
+			dir := filepath.Join(root, "images.example")
+			write(t, filepath.Join(dir, "c.pem"), string(cert))
+			write(t, filepath.Join(dir, "k.pem"), string(key))
+			write(t, filepath.Join(dir, "both.pem"), string(cert)+string(key))
+			got, err := fetch(t.Context(), only(t, newRegistry(t, Options{ConfigPath: root}), "images.example"), 0, 10)
+			if client != "" && (err != nil || len(got) != 10) || client == "" && !errdefs.IsUnavailable(err) {
+				t.Errorf("%d bytes, %v", len(got), err)
+			}
+		})
+	}
 }
 
 // TestMirrorAndOverride fetches through real servers, in order.

@@ -12,8 +12,9 @@ import (
 
 	"github.com/containerd/errdefs"
 	"github.com/containerd/log"
-	"github.com/gantryd/gantry/content/transfer"
 	digest "github.com/opencontainers/go-digest"
+
+	"github.com/gantryd/gantry/content/transfer"
 )
 
 const (

@@ -180,8 +180,16 @@ func (j *job) noSource() error {
 	if len(gone) == 0 {
 		return fmt.Errorf("%w: no source was given: %w", errNoSource, errdefs.ErrNotFound)
 	}
-	if !slices.ContainsFunc(gone, func(err error) bool { return !errors.Is(err, ErrWrongSize) }) {
-		return fmt.Errorf("%w: %w", errNoSource, gone[0])
+	if i := slices.IndexFunc(gone, isWrongSize); i >= 0 && !slices.ContainsFunc(gone, func(err error) bool {
+		return !isWrongSize(err) && !isAbsent(err)
+	}) {
+		// Whoever answered at all says so.
+		return fmt.Errorf("%w: %w", errNoSource, gone[i])
+	}
+	for i, err := range gone {
+		if isWrongSize(err) {
+			gone[i] = errors.New(err.Error()) // one host's word against another's: not the transfer's
+		}
 	}
 	return fmt.Errorf("%w: %w", errNoSource, oneLine(gone))
 }

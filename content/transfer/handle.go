@@ -204,6 +204,8 @@ func (h *Handle) CopyTo(ctx context.Context, w io.Writer) (int64, error) {
 
 // Close gives up waiting. When the last waiter leaves, the transfer goes on for Options.Grace and then stops, resumable.
 // A second call does nothing.
+//
+//nolint:contextcheck // leaving waits for nothing
 func (h *Handle) Close() error {
 	h.once.Do(func() {
 		h.job.mu.Lock()

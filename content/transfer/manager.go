@@ -163,34 +163,6 @@ func (m *Manager) Join(ctx context.Context, b Blob, sources ...Source) (*Handle,
 	return m.handle(j), nil
 }
 
-// Lookup joins a transfer that runs, or one that is complete on disk (its data is verified before it counts).
-func (m *Manager) Lookup(d digest.Digest, size int64) (*Handle, bool) {
-	b := Blob{Digest: d, Size: size}
-	if b.validate() != nil {
-		return nil, false
-	}
-	if h := m.lookup(b, false); h != nil {
-		return h, true
-	}
-	complete := peekComplete(m.root, folderName(m.root, b)) // reads the disk: not under the lock
-	h := m.lookup(b, complete)
-	return h, h != nil
-}
-
-// lookup joins a job that runs, or starts one from the disk alone.
-func (m *Manager) lookup(b Blob, start bool) *Handle {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	j := m.jobs[b]
-	if j == nil || !j.addSources(nil) {
-		if !start || m.closed {
-			return nil
-		}
-		j = m.start(context.Background(), b, nil)
-	}
-	return m.handle(j)
-}
-
 // start runs a new job. Called with mu held.
 func (m *Manager) start(ctx context.Context, b Blob, sources []Source) *job {
 	j := newJob(m.root, b, m.opts, m.shared)

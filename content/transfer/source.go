@@ -35,7 +35,8 @@ type Body struct {
 }
 
 // ErrWrongSize is what a Source answers that has the blob, but not with the size asked for. It is an
-// errdefs.ErrFailedPrecondition. When all sources say so, the transfer's error is one too: whoever stated the size was wrong.
+// errdefs.ErrFailedPrecondition. When all sources that answer say so, the transfer's error is one too: whoever stated
+// the size was wrong.
 var ErrWrongSize = fmt.Errorf("the size is not the one asked for: %w", errdefs.ErrFailedPrecondition)
 
 // A source is dropped for good on these.
@@ -107,6 +108,8 @@ func retryAfter(err error) time.Duration {
 	}
 	return 0
 }
+
+func isWrongSize(err error) bool { return errors.Is(err, ErrWrongSize) }
 
 // isAbsent says whether nobody is there to answer, as opposed to somebody who is busy.
 func isAbsent(err error) bool {

@@ -22,7 +22,8 @@ import (
 type image struct {
 	key     imageKey
 	started time.Time
-	failed  chan struct{} // closed when its origins could not be reached at all
+	cancel  context.CancelFunc // ends what starts its other layers
+	failed  chan struct{}      // closed when its origins could not be reached at all
 
 	// The rest is guarded by Puller.mu.
 	waiters  int
@@ -45,7 +46,7 @@ func (p *Puller) enter(ctx context.Context, key imageKey, m *manifest, origins [
 	if len(origins) == 0 {
 		return nil, fmt.Errorf("the registry of manifest %s did not answer a moment ago: %w", m.digest, errdefs.ErrUnavailable)
 	}
-	img, first, err := p.attend(key)
+	img, err := p.attend(key)
 	if err != nil {
 		return nil, err
 	}
@@ -54,23 +55,21 @@ func (p *Puller) enter(ctx context.Context, key imageKey, m *manifest, origins [
 		p.leave(img)
 		return nil, err
 	}
-	p.follow(img, m, req.Digest, req.Size)
-	if first {
-		p.wg.Go(func() { p.startAll(img, m, origins, req.Digest) })
-	}
+	p.follow(ctx, img, m, req.Digest, req.Size)
+	p.startAll(ctx, img, m, origins, req.Digest)
 	return &waiter{Handle: h, puller: p, image: img, origins: origins}, nil
 }
 
-// attend counts a client in. It reports whether it is the image's first.
-func (p *Puller) attend(key imageKey) (*image, bool, error) {
+// attend counts a client in.
+func (p *Puller) attend(key imageKey) (*image, error) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if p.closed {
-		return nil, false, fmt.Errorf("gantryd is shutting down: %w", errdefs.ErrUnavailable)
+		return nil, errClosed
 	}
 	img := p.images[key]
 	if img == nil {
-		img = &image{key: key, started: time.Now(), failed: make(chan struct{})}
+		img = &image{key: key, started: time.Now(), failed: make(chan struct{}), cancel: func() {}}
 		p.images[key] = img
 	}
 	if img.idle != nil {
@@ -78,9 +77,7 @@ func (p *Puller) attend(key imageKey) (*image, bool, error) {
 		img.idle = nil
 	}
 	img.waiters++
-	first := !img.prefetch
-	img.prefetch = true
-	return img, first, nil
+	return img, nil
 }
 
 // leave counts a client out. The image goes on for a grace period after its
@@ -101,6 +98,7 @@ func (p *Puller) end(img *image) {
 		return
 	}
 	delete(p.images, img.key)
+	img.cancel()
 	if img.idle != nil {
 		img.idle.Stop()
 	}
@@ -119,57 +117,80 @@ func (p *Puller) end(img *image) {
 	for _, h := range handles {
 		closeHandle(h)
 	}
-	log.G(p.scope()).WithFields(log.Fields{
+	log.L.WithFields(log.Fields{
 		"namespace": img.key.namespace, "manifest": img.key.manifest, "ref": p.hints.ref(img.key.namespace, img.key.manifest),
 		"layers": len(handles), "duration": time.Since(img.started).Round(time.Millisecond),
 	}).Debug("image is no longer waited for")
 }
 
-// startAll starts the image's other layers, so that a client that asks for
-// three at a time does not wait for what could be under way.
-func (p *Puller) startAll(img *image, m *manifest, origins []origin, except digest.Digest) {
-	ctx := p.scope()
-	for _, l := range m.layers {
-		if l.Digest == except {
-			continue
-		}
-		if _, err := p.blobs.Info(ctx, l.Digest); err == nil && !p.isolated {
-			continue // there already
-		}
-		h, err := p.join(ctx, img.key.namespace, transfer.Blob{Digest: l.Digest, Size: l.Size}, origins)
-		if err != nil {
-			log.G(ctx).WithField("digest", l.Digest).WithError(err).Debug("layer not started ahead")
-			return
-		}
-		p.mu.Lock()
-		if p.images[img.key] != img {
-			p.mu.Unlock()
-			closeHandle(h)
-			return
-		}
-		img.handles = append(img.handles, h)
-		p.mu.Unlock()
-		p.follow(img, m, l.Digest, l.Size)
+// startAll starts the image's other layers, once and in the background, so that a
+// client that asks for three at a time does not wait for what could be under way.
+func (p *Puller) startAll(ctx context.Context, img *image, m *manifest, origins []origin, except digest.Digest) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if img.prefetch || p.closed || p.images[img.key] != img {
+		return
 	}
+	img.prefetch = true
+	ctx, cancel := context.WithCancel(context.WithoutCancel(ctx))
+	img.cancel = cancel
+	p.wg.Go(func() {
+		defer cancel()
+		for _, l := range m.layers {
+			if l.Digest == except {
+				continue
+			}
+			if err := p.startAhead(ctx, img, m, origins, transfer.Blob{Digest: l.Digest, Size: l.Size}); err != nil {
+				log.G(ctx).WithField("digest", l.Digest).WithError(err).Debug("layers are not started ahead")
+				return
+			}
+		}
+	})
+}
+
+// startAhead starts a layer that no client has asked for yet.
+func (p *Puller) startAhead(ctx context.Context, img *image, m *manifest, origins []origin, b transfer.Blob) error {
+	if ctx.Err() != nil {
+		return context.Cause(ctx)
+	}
+	if _, err := p.blobs.Info(ctx, b.Digest); err == nil && !p.isolated {
+		return nil // there already
+	}
+	h, err := p.join(ctx, img.key.namespace, b, origins)
+	if err != nil {
+		return err
+	}
+	p.mu.Lock()
+	gone := p.images[img.key] != img
+	if !gone {
+		img.handles = append(img.handles, h)
+	}
+	p.mu.Unlock()
+	if gone {
+		closeHandle(h)
+		return nil
+	}
+	p.follow(ctx, img, m, b.Digest, b.Size)
+	return nil
 }
 
 // follow starts to unpack a layer whose transfer is under way, on behalf of the
 // image. Layers of things that are not images are only transferred.
-func (p *Puller) follow(img *image, m *manifest, d digest.Digest, size int64) {
+func (p *Puller) follow(ctx context.Context, img *image, m *manifest, d digest.Digest, size int64) {
 	if p.catalog.diffID(m, d) == "" {
 		return
 	}
 	if id, err := p.layers.Lookup(d); err == nil && id != "" {
 		return
 	}
-	u, err := p.unpack(p.unpackKey(img.key.namespace, d, size), func() (byteSource, error) {
+	u, err := p.unpack(ctx, p.unpackKey(img.key.namespace, d, size), func() (byteSource, error) {
 		t, err := p.transfers(img.key.namespace)
 		if err != nil {
 			return nil, err
 		}
-		h, ok := t.Lookup(d, size)
-		if !ok {
-			return nil, fmt.Errorf("transfer of %s ended: %w", d, errNoBytes)
+		h, err := t.Join(ctx, transfer.Blob{Digest: d, Size: size})
+		if err != nil {
+			return nil, err
 		}
 		return transferSource{h}, nil
 	})
@@ -235,6 +256,7 @@ func (p *Puller) fail(img *image, origins []origin, err error) {
 	if p.images[img.key] == img {
 		// The next client starts afresh.
 		delete(p.images, img.key)
+		img.cancel()
 		for _, h := range img.handles {
 			closeHandle(h)
 		}
@@ -273,7 +295,7 @@ func (w *waiter) Wait(ctx context.Context) error {
 			failed = nil
 			if w.Frontier() == 0 {
 				cancel()
-				<-done
+				<-done //nolint:errcheck // its context has ended it
 				return w.image.failure
 			}
 		}
@@ -285,7 +307,7 @@ func (w *waiter) failed(err error) error {
 	if errors.Is(err, transfer.ErrWrongSize) {
 		desc := ocispec.Descriptor{Digest: w.Digest(), Size: w.Size()}
 		return w.puller.name(w.image.key.namespace, desc,
-			fmt.Errorf("manifest %s says it has %d bytes: %w: %w", w.image.key.manifest, w.Size(), content.ErrRefused, err))
+			fmt.Errorf("manifest %s says it has %d bytes, which is wrong: %w: %w", w.image.key.manifest, w.Size(), content.ErrRefused, err))
 	}
 	if w.Frontier() == 0 && final(err) {
 		w.puller.fail(w.image, w.origins, err)

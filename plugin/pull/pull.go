@@ -12,6 +12,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
+	"slices"
 	"sync"
 	"time"
 
@@ -35,6 +37,9 @@ const (
 	// alone, so that the other layers of its images fall back at once.
 	shunned = 30 * time.Second
 )
+
+// errClosed ends what is under way when the Puller is closed.
+var errClosed = fmt.Errorf("gantryd is shutting down: %w", errdefs.ErrUnavailable)
 
 // Options are what a Puller works with. All but Isolated and Workers are needed.
 type Options struct {
@@ -65,43 +70,42 @@ type Puller struct {
 	hints   hints
 	recent  recent
 
-	// scope ends what the Puller itself started: unpacks outlive the request
-	// that began them.
-	scope  func() context.Context
-	cancel context.CancelCauseFunc
-	wg     sync.WaitGroup
+	wg sync.WaitGroup // what outlives the request that began it
 
 	mu      sync.Mutex
 	closed  bool
+	stop    context.CancelFunc // ends the catalog
 	images  map[imageKey]*image
 	unpacks map[unpackKey]*unpack
 	shunned map[string]time.Time // origin → until when
 }
 
 // New returns a Puller. Start must be called before it is used by a server.
-func New(ctx context.Context, o Options) (*Puller, error) {
+func New(o Options) (*Puller, error) {
 	if o.Transfers == nil || o.Registry == nil || o.Layers == nil || o.Containerd == nil {
 		return nil, fmt.Errorf("pull: an option is missing: %w", errdefs.ErrInvalidArgument)
 	}
 	if o.Workers < 1 {
 		return nil, fmt.Errorf("pull: %d unpack workers: %w", o.Workers, errdefs.ErrInvalidArgument)
 	}
-	scope, cancel := context.WithCancelCause(context.WithoutCancel(ctx))
 	return &Puller{
 		transfers: o.Transfers, registry: o.Registry, layers: o.Layers, containerd: o.Containerd,
 		isolated: o.Isolated, workers: semaphore.NewWeighted(int64(o.Workers)),
 		catalog: newCatalog(),
-		scope:   func() context.Context { return scope }, cancel: cancel,
 		images:  make(map[imageKey]*image),
 		unpacks: make(map[unpackKey]*unpack),
 		shunned: make(map[string]time.Time),
 	}, nil
 }
 
-// Start begins to read the manifests of the store, in the background.
-func (p *Puller) Start(blobs Blobs) {
-	p.blobs = blobs
-	p.wg.Go(func() { p.catalog.run(p.scope(), blobs) })
+// Start begins to read the manifests of the store, in the background until
+// Close. ctx lends its values to the log.
+func (p *Puller) Start(ctx context.Context, blobs Blobs) {
+	ctx, stop := context.WithCancel(context.WithoutCancel(ctx))
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.blobs, p.stop = blobs, stop
+	p.wg.Go(func() { p.catalog.run(ctx, blobs) })
 }
 
 // Close ends all unpacks and leaves all transfers, and waits for them.
@@ -109,12 +113,14 @@ func (p *Puller) Start(blobs Blobs) {
 func (p *Puller) Close() error {
 	p.mu.Lock()
 	p.closed = true
-	images := make([]*image, 0, len(p.images))
-	for _, img := range p.images {
-		images = append(images, img)
+	if p.stop != nil {
+		p.stop()
 	}
+	for _, u := range p.unpacks {
+		u.cancel(errClosed)
+	}
+	images := slices.Collect(maps.Values(p.images))
 	p.mu.Unlock()
-	p.cancel(errors.New("gantryd is shutting down"))
 	for _, img := range images {
 		p.end(img)
 	}
@@ -217,7 +223,7 @@ func (p *Puller) Layer(ctx context.Context, desc ocispec.Descriptor) (digest.Dig
 	if err != nil {
 		return "", 0, p.name(namespace, desc, err)
 	}
-	u, err := p.unpack(key, func() (byteSource, error) { return localSource{ra}, nil })
+	u, err := p.unpack(ctx, key, func() (byteSource, error) { return localSource{ra}, nil })
 	if err != nil {
 		return "", 0, errors.Join(p.name(namespace, desc, err), ra.Close())
 	}

@@ -5,9 +5,7 @@ import (
 	"bytes"
 	"compress/gzip"
 	"context"
-	"errors"
 	"fmt"
-	"io"
 	"math/rand/v2"
 	"net/http"
 	"net/http/httptest"
@@ -82,7 +80,7 @@ func newFixture(t *testing.T, isolated bool) *fixture {
 	if err != nil {
 		t.Fatal(err)
 	}
-	f.Puller, err = New(t.Context(), Options{
+	f.Puller, err = New(Options{
 		Transfers: func(namespace string) (*transfer.Manager, error) {
 			mu.Lock()
 			defer mu.Unlock()
@@ -233,7 +231,7 @@ func TestAllLayersStartWithTheFirst(t *testing.T) {
 		layers, ids = append(layers, l), append(ids, id)
 	}
 	f.addImage(t, "default", layers, ids)
-	f.Start(f.images)
+	f.Start(t.Context(), f.images)
 	if err := f.take(t, "default", layers[0]); err != nil {
 		t.Fatal(err)
 	}
@@ -271,7 +269,7 @@ func TestOneTransferAndUnpackForAllNamespaces(t *testing.T) {
 		f.pulled(fmt.Sprint("ns", i), m, "127.0.0.1", "test/image")
 		f.prepare(fmt.Sprint("ns", i), m, f.host()+"/test/image:latest")
 	}
-	f.Start(f.images)
+	f.Start(t.Context(), f.images)
 	var wg sync.WaitGroup
 	for i := range 8 {
 		wg.Go(func() {
@@ -307,7 +305,7 @@ func TestForgedLabelsOpenNoConnection(t *testing.T) {
 	defer trap.Close()
 	l, id := f.addLayer(t, 1, 1000)
 	m := putImage(t, f.images, []ocispec.Descriptor{l}, []digest.Digest{id})
-	f.Start(f.images)
+	f.Start(t.Context(), f.images)
 	f.prepare("default", m, strings.TrimPrefix(trap.URL, "http://")+"/test/image:latest")
 
 	// containerd does not even have the manifest in this namespace.
@@ -335,7 +333,7 @@ func TestOnlyListedLayersAreTaken(t *testing.T) {
 	f := newFixture(t, false)
 	l, id := f.addLayer(t, 1, 1000)
 	f.addImage(t, "default", []ocispec.Descriptor{l}, []digest.Digest{id})
-	f.Start(f.images)
+	f.Start(t.Context(), f.images)
 	other, _ := f.addLayer(t, 2, 1000)
 	lie := l
 	lie.Size++
@@ -362,7 +360,7 @@ func TestRefusalSendsTheWholeImageBackAtOnce(t *testing.T) {
 			a, idA := f.addLayer(t, 1, 1000)
 			b, idB := f.addLayer(t, 2, 1000)
 			f.addImage(t, "default", []ocispec.Descriptor{a, b}, []digest.Digest{idA, idB})
-			f.Start(f.images)
+			f.Start(t.Context(), f.images)
 			if err := f.take(t, "default", a); err == nil {
 				t.Fatal("want an error, got a blob")
 			}
@@ -424,7 +422,7 @@ func TestUnpackFollowsTheClientThatGoesOn(t *testing.T) {
 		return false
 	}
 	f.addImage(t, "default", []ocispec.Descriptor{l}, []digest.Digest{id})
-	f.Start(f.images)
+	f.Start(t.Context(), f.images)
 	ctx := namespaces.WithNamespace(t.Context(), "default")
 	from, err := writeAs(ctx, f.store, "default/1/layer-"+l.Digest.String(), f.blobs[l.Digest])
 	if err != nil {
@@ -449,7 +447,6 @@ func TestUnpackFollowsTheClientThatGoesOn(t *testing.T) {
 
 func TestBadLayersAreNamed(t *testing.T) {
 	t.Parallel()
-	good, _ := newFixture(t, false).addLayer(t, 1, 1<<16)
 	cases := []struct {
 		name  string
 		spoil func(b []byte) []byte
@@ -468,7 +465,7 @@ func TestBadLayersAreNamed(t *testing.T) {
 			l = f.addBlob(b)
 			f.images.put(t, b)
 			f.addImage(t, "default", []ocispec.Descriptor{l}, []digest.Digest{id})
-			f.Start(f.images)
+			f.Start(t.Context(), f.images)
 			_, _, err := f.Layer(namespaces.WithNamespace(t.Context(), "default"), l)
 			if err == nil {
 				t.Fatal("want an error, got a layer")
@@ -483,7 +480,6 @@ func TestBadLayersAreNamed(t *testing.T) {
 			}
 		})
 	}
-	_ = good
 }
 
 func TestForgedDiffIDIsRefused(t *testing.T) {
@@ -495,7 +491,7 @@ func TestForgedDiffIDIsRefused(t *testing.T) {
 	f.images.put(t, f.blobs[junk.Digest])
 	f.addImage(t, "victim", []ocispec.Descriptor{secret}, []digest.Digest{secretID})
 	f.addImage(t, "thief", []ocispec.Descriptor{junk}, []digest.Digest{secretID})
-	f.Start(f.images)
+	f.Start(t.Context(), f.images)
 	if got, _, err := f.Layer(namespaces.WithNamespace(t.Context(), "victim"), secret); err != nil || got != secretID {
 		t.Fatalf("want %s, got %s, %v", secretID, got, err)
 	}
@@ -517,7 +513,7 @@ func TestIsolatedLayersServeOnlyWhoHasTheBlob(t *testing.T) {
 	f.images.put(t, f.blobs[l.Digest])
 	f.addImage(t, "owner", []ocispec.Descriptor{l}, []digest.Digest{id})
 	f.labels.set("owner", l.Digest, nil)
-	f.Start(f.images)
+	f.Start(t.Context(), f.images)
 	if _, _, err := f.Layer(namespaces.WithNamespace(t.Context(), "owner"), l); err != nil {
 		t.Fatal(err)
 	}
@@ -540,7 +536,7 @@ func TestCloseEndsEverything(t *testing.T) {
 	defer close(release)
 	l, id := f.addLayer(t, 1, 1<<20)
 	f.addImage(t, "default", []ocispec.Descriptor{l}, []digest.Digest{id})
-	f.Start(f.images)
+	f.Start(t.Context(), f.images)
 	w, err := f.Fetch(t.Context(), request("default", l))
 	if err != nil {
 		t.Fatal(err)
@@ -555,8 +551,3 @@ func TestCloseEndsEverything(t *testing.T) {
 		t.Errorf("after Close: want ErrUnavailable, got %v", err)
 	}
 }
-
-var (
-	_ io.Closer = (*waiter)(nil)
-	_           = errors.Is
-)

@@ -10,7 +10,6 @@ import (
 	"time"
 
 	ccontent "github.com/containerd/containerd/v2/core/content"
-	"github.com/containerd/errdefs"
 	"github.com/containerd/log"
 	digest "github.com/opencontainers/go-digest"
 
@@ -169,21 +168,22 @@ func (p *Puller) running(key unpackKey) *unpack {
 	return p.unpacks[key]
 }
 
-// unpack returns the unpack under way for key, or starts one from the source.
-func (p *Puller) unpack(key unpackKey, open func() (byteSource, error)) (*unpack, error) {
+// unpack returns the unpack under way for key, or starts one from the source. It
+// outlives ctx, which lends its values to the log.
+func (p *Puller) unpack(ctx context.Context, key unpackKey, open func() (byteSource, error)) (*unpack, error) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if u := p.unpacks[key]; u != nil {
 		return u, nil
 	}
 	if p.closed {
-		return nil, fmt.Errorf("gantryd is shutting down: %w", errdefs.ErrUnavailable)
+		return nil, errClosed
 	}
 	source, err := open()
 	if err != nil {
 		return nil, err
 	}
-	ctx, cancel := context.WithCancelCause(p.scope())
+	ctx, cancel := context.WithCancelCause(context.WithoutCancel(ctx))
 	u := &unpack{
 		key: key, started: time.Now(), cancel: cancel, sources: []byteSource{source},
 		done: make(chan struct{}), changed: make(chan struct{}),
@@ -209,7 +209,7 @@ func (p *Puller) Ingesting(namespace string, d digest.Digest, size int64, g *con
 		if _, err := p.layers.Lookup(d); err == nil {
 			return
 		}
-		if _, err := p.unpack(key, func() (byteSource, error) { return ingestSource{g}, nil }); err != nil {
+		if _, err := p.unpack(context.Background(), key, func() (byteSource, error) { return ingestSource{g}, nil }); err != nil {
 			log.L.WithField("digest", d).WithError(err).Debug("the unpack does not follow")
 		}
 		return
@@ -233,7 +233,7 @@ func (p *Puller) run(ctx context.Context, u *unpack) {
 	for _, s := range sources {
 		closeSource(s)
 	}
-	entry := log.G(p.scope()).WithField("digest", u.key.blob).WithField("duration", time.Since(u.started).Round(time.Millisecond))
+	entry := log.G(ctx).WithField("digest", u.key.blob).WithField("duration", time.Since(u.started).Round(time.Millisecond))
 	if err != nil {
 		entry.WithError(err).Warn("layer not unpacked")
 		return

@@ -41,7 +41,7 @@ func serve(t *testing.T, s Server, opts ...grpc.ServerOption) *grpc.ClientConn {
 	t.Cleanup(func() {
 		_ = conn.Close()
 		srv.Stop()
-		_ = <-done
+		<-done //nolint:errcheck // only its end counts
 	})
 	return conn
 }
