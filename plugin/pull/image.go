@@ -12,7 +12,6 @@ import (
 	"github.com/containerd/errdefs"
 	"github.com/containerd/log"
 	digest "github.com/opencontainers/go-digest"
-	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"github.com/gantryd/gantry/content"
 	"github.com/gantryd/gantry/content/transfer"
@@ -302,17 +301,29 @@ func (w *waiter) Wait(ctx context.Context) error {
 	}
 }
 
-// failed decides what the end of the transfer means for the client.
+// failed decides what the end of the transfer means for the client. What no host
+// has, containerd's own fetch will not find either, and its message would name
+// neither image nor layer.
 func (w *waiter) failed(err error) error {
-	if errors.Is(err, transfer.ErrWrongSize) {
-		desc := ocispec.Descriptor{Digest: w.Digest(), Size: w.Size()}
-		return w.puller.name(w.image.key.namespace, desc,
-			fmt.Errorf("manifest %s says it has %d bytes, which is wrong: %w: %w", w.image.key.manifest, w.Size(), content.ErrRefused, err))
+	switch {
+	case errors.Is(err, transfer.ErrWrongSize):
+		return w.refuse(fmt.Errorf("its manifest says it has %d bytes, which is wrong: %w", w.Size(), err))
+	case errdefs.IsDataLoss(err):
+		return w.refuse(fmt.Errorf("its digest does not match: %w", err))
 	}
 	if w.Frontier() == 0 && final(err) {
 		w.puller.fail(w.image, w.origins, err)
 	}
 	return err
+}
+
+func (w *waiter) refuse(err error) error {
+	key := w.image.key
+	ref := w.puller.hints.ref(key.namespace, key.manifest)
+	if ref == "" {
+		ref = fmt.Sprintf("%s@%s", w.origins[len(w.origins)-1], key.manifest)
+	}
+	return fmt.Errorf("image %s: layer %s: %w: %w", ref, w.Digest(), content.ErrRefused, err)
 }
 
 // final says whether the error is about the repository rather than this blob.
