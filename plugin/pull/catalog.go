@@ -64,6 +64,7 @@ type list[T any] []T
 // UnmarshalJSON implements json.Unmarshaler.
 func (l *list[T]) UnmarshalJSON(raw []byte) error {
 	d := json.NewDecoder(bytes.NewReader(raw))
+	*l = nil // of two lists the last one counts, as everywhere
 	switch start, err := d.Token(); {
 	case err != nil:
 		return err
