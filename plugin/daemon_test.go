@@ -6,6 +6,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -201,6 +202,54 @@ func TestDaemonRefuses(t *testing.T) {
 				t.Errorf("the first daemon suffered: %v", err)
 			}
 		})
+	}
+}
+
+// A root with somebody else's things in it must not be cleaned up as gantry's own.
+func TestForeignRootIsRefused(t *testing.T) {
+	t.Parallel()
+	for _, name := range rootNames {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			c := testConfig(t, "")
+			theirs := filepath.Join(c.Root, name, "theirs")
+			if err := os.MkdirAll(theirs, 0o700); err != nil {
+				t.Fatal(err)
+			}
+			d, err := New(t.Context(), c)
+			if err == nil {
+				err = d.Close()
+			}
+			if want := "was not made by gantryd"; !errdefs.IsFailedPrecondition(err) || !strings.Contains(err.Error(), want) {
+				t.Errorf("got %v, want %q in it", err, want)
+			}
+			if _, err := os.Stat(theirs); err != nil {
+				t.Errorf("what was there is gone: %v", err)
+			}
+			if _, err := os.Stat(filepath.Join(c.Root, lockName)); !errors.Is(err, os.ErrNotExist) {
+				t.Errorf("a refused root was claimed: %v", err)
+			}
+		})
+	}
+}
+
+// Every name that a daemon makes in a fresh root is known as its own.
+func TestRootNamesAreComplete(t *testing.T) {
+	t.Parallel()
+	c := testConfig(t, "")
+	_, _ = run(t, c)
+	entries, err := os.ReadDir(c.Root)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, e := range entries {
+		switch e.Name() {
+		case lockName, filepath.Base(c.Content.Root), filepath.Base(c.Transfer.Root):
+		default:
+			if !slices.Contains(rootNames, e.Name()) {
+				t.Errorf("%s is made in root and missing from rootNames", e.Name())
+			}
+		}
 	}
 }
 

@@ -17,6 +17,10 @@ import (
 // lockName is the file in a folder that only one gantryd may use.
 const lockName = "gantryd.lock"
 
+// rootNames are what the parts make in root. They take what they find there for
+// their own, and remove what they do not know.
+var rootNames = []string{"layers", "metadata.db", "mnt", "probe", "snapshots"}
+
 // place is what a daemon holds on disk while it runs.
 type place struct {
 	locks []*flock.Flock
@@ -25,6 +29,9 @@ type place struct {
 // occupy makes the daemon's folders and takes them for this process alone.
 // Transfers may be shared with others; root and the blobs may not.
 func occupy(c *config.Config) (*place, error) {
+	if err := unclaimed(c.Root); err != nil {
+		return nil, err
+	}
 	for _, f := range []struct {
 		path string
 		mode os.FileMode
@@ -43,6 +50,23 @@ func occupy(c *config.Config) (*place, error) {
 		return nil, errors.Join(err, p.release())
 	}
 	return p, nil
+}
+
+// unclaimed refuses a root in which somebody else has put what gantryd would take
+// for its own: "/" with its mnt, or the folder of another snapshotter. Every
+// gantryd leaves its lock file behind, so one that is there tells its root.
+func unclaimed(root string) error {
+	if _, err := os.Lstat(filepath.Join(root, lockName)); err == nil {
+		return nil
+	}
+	for _, name := range rootNames {
+		found := filepath.Join(root, name)
+		if _, err := os.Lstat(found); err == nil {
+			return fmt.Errorf("root (%s) was not made by gantryd: %s is there already, and gantryd would remove what is in it; set root to a new folder: %w",
+				root, found, errdefs.ErrFailedPrecondition)
+		}
+	}
+	return nil
 }
 
 func (p *place) lock(folder string) error {

@@ -32,6 +32,7 @@ Usage:
   gantry --version | --help
 
 FILE is gantryd's configuration. Without --config, ` + config.DefaultPath + ` is read if it exists.
+--config may also follow the command.
 Exit codes: 0, 1 after a failure (gantryd is not running, ...), 2 for a bad command line or configuration.
 `
 
@@ -109,6 +110,7 @@ func dispatch(ctx context.Context, args []string, stdout io.Writer) error {
 	}
 	own := flag.NewFlagSet(cmd.name, flag.ContinueOnError)
 	own.SetOutput(io.Discard)
+	own.StringVar(file, "config", *file, "") // after the command too
 	if cmd.define != nil {
 		cmd.define(own)
 	}
@@ -134,6 +136,9 @@ func find(args []string) (command, []string, error) {
 		if len(args) >= len(words) && slices.Equal(args[:len(words)], words) {
 			return c, args[len(words):], nil
 		}
+	}
+	if args[0] == "config" {
+		return command{}, nil, usageError{`config of what? There is "gantry config containerd"; gantryd's own configuration is printed by "gantryd config default" and "gantryd config dump"`}
 	}
 	return command{}, nil, usageError{fmt.Sprintf("unknown command %q; see gantry --help", strings.Join(args, " "))}
 }

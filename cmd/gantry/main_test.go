@@ -43,7 +43,10 @@ func TestCommandLine(t *testing.T) {
 		"help word":            {[]string{"help"}, exitOK, "Usage:\n  gantry", ""},
 		"version":              {[]string{"--version"}, exitOK, "gantry " + config.Version, ""},
 		"unknown":              {[]string{"statuss"}, exitUsage, "", `unknown command "statuss"`},
-		"half a command":       {[]string{"config"}, exitUsage, "", `unknown command "config"`},
+		"half a command":       {[]string{"config"}, exitUsage, "", `There is "gantry config containerd"`},
+		"help of half":         {[]string{"config", "--help"}, exitUsage, "", `There is "gantry config containerd"`},
+		"late configuration":   {[]string{"config", "containerd", "--config", bad}, exitUsage, "", bad + ":2: snapshotter.mount"},
+		"late drop-in":         {[]string{"config", "containerd", "--config", empty}, exitOK, "version = 3", ""},
 		"unknown flag":         {[]string{"--conf", "x", "status"}, exitUsage, "", "flag provided but not defined: -conf"},
 		"help of status":       {[]string{"status", "--help"}, exitOK, "--json", ""},
 		"help of containerd":   {[]string{"help", "config", "containerd"}, exitOK, "imports", ""},
@@ -119,19 +122,22 @@ func TestStatus(t *testing.T) {
 		Unpacks: []status.Unpack{{Digest: blob, Size: 200 << 20, Read: 100 << 20, Written: 300 << 20, Rate: 20 << 20, Phase: "unpacking"}},
 		Recent:  []status.Layer{{Namespace: "k8s.io", Image: "reg/app:1", Digest: layer, Size: 1000, Written: 2048, Seconds: status.Seconds{Total: 1.5, Download: 1.25}}},
 	}
+	shared := &status.Report{Recent: []status.Layer{{Image: "reg/app:1", Digest: layer}}}
 	idle := &status.Report{Version: "v1.2.3", PID: 42, Started: now, Root: "/r", Mount: status.Mount{Mode: "directory"}}
 	for name, tc := range map[string]struct {
 		report *status.Report
 		want   []string
+		not    string
 	}{
-		"idle": {idle, []string{"gantryd v1.2.3, pid 42, up ", "mount mode directory\n", "nothing is under way\n"}},
+		"shared": {shared, []string{"COMMIT  IMAGE\n", "reg/app:1"}, "NAMESPACE"},
+		"idle":   {idle, []string{"gantryd v1.2.3, pid 42, up ", "mount mode directory\n", "nothing is under way\n"}, "LAYERS"},
 		"busy": {busy, []string{
 			"up 1m", "root /r", "mount mode file: Linux 6.18\n",
-			"fetching  25%   60.0 MiB  200.0 MiB  10.0 MiB/s  3        a:5000,b",
-			"failed    -     0 B       0 B        -           0        -  first; second",
+			"fetching  25%   60.0 MiB  200.0 MiB  10.0 MiB/s  3      a:5000,b",
+			"failed    -     0 B       0 B        -           0      -  first; second",
 			"unpacking  50%   100.0 MiB  200.0 MiB  300.0 MiB  20.0 MiB/s",
 			"1000 B  2.0 KiB   1.50s  0.00s   0.00s  1.25s", "k8s.io     reg/app:1",
-		}},
+		}, "nothing is under way"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
@@ -145,6 +151,9 @@ func TestStatus(t *testing.T) {
 				if !strings.Contains(stdout.String(), want) {
 					t.Errorf("got\n%swant %q in it", stdout.String(), want)
 				}
+			}
+			if strings.Contains(stdout.String(), tc.not) {
+				t.Errorf("got\n%swant no %q in it", stdout.String(), tc.not)
 			}
 			stdout.Reset()
 			if code := run(t.Context(), []string{"--config", file, "status", "--json"}, &stdout, &stderr); code != exitOK {

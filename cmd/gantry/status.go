@@ -9,6 +9,7 @@ import (
 	"io"
 	"io/fs"
 	"net"
+	"slices"
 	"strconv"
 	"strings"
 	"syscall"
@@ -30,9 +31,12 @@ var statusCommand = command{
 	help: `Usage: gantry [--config FILE] status [--json]
 
 Asks gantryd, at the address in FILE, what it is doing:
-  TRANSFERS  blobs on their way from a registry: bytes, rate, phase, hosts, clients that wait
+  TRANSFERS  blobs on their way from a registry, and those that ended a moment ago. DONE: without a gap from the
+             start. RECEIVED: in any order. USERS: how many hold the transfer: clients, the unpack, and the pull
+             of the image as a whole. After the hosts: the last error, also of a try that is repeated.
   UNPACKS    layers being decompressed and written, while their blob arrives
-  LAYERS     layers that were finished last, and the seconds they spent where. The parts overlap.
+  LAYERS     layers that ended last, well or with an error, and the seconds they spent where. The parts overlap.
+             A layer that was on disk already is not unpacked again and is missing here.
 
   --json     print the whole report as JSON; sizes are in bytes, rates in bytes a second
 `,
@@ -98,7 +102,7 @@ func printReport(w io.Writer, r *status.Report, now time.Time) error {
 	}
 	if len(r.Transfers) > 0 {
 		line("")
-		line("TRANSFERS", "PHASE", "DONE", "RECEIVED", "SIZE", "RATE", "CLIENTS", "HOSTS")
+		line("TRANSFERS", "PHASE", "DONE", "RECEIVED", "SIZE", "RATE", "USERS", "HOSTS")
 		for _, x := range r.Transfers {
 			line(short(string(x.Digest)), x.Phase, percent(x.Frontier, x.Size), amount(x.Received), amount(x.Size), rate(x.Rate),
 				strconv.Itoa(x.Waiters), dash(strings.Join(x.Hosts, ","))+suffix(x.Error))
@@ -111,16 +115,30 @@ func printReport(w io.Writer, r *status.Report, now time.Time) error {
 			line(short(string(x.Digest)), x.Phase, percent(x.Read, x.Size), amount(x.Read), amount(x.Size), amount(x.Written), rate(x.Rate))
 		}
 	}
-	if len(r.Recent) > 0 {
-		line("")
-		line("LAYERS", "SIZE", "UNPACKED", "TOTAL", "QUEUED", "WAIT", "DOWNLOAD", "DECOMPRESS", "WRITE", "VERIFY", "COMMIT", "NAMESPACE", "IMAGE")
-		for _, x := range r.Recent {
-			s := x.Seconds
-			line(short(string(x.Digest)), amount(x.Size), amount(x.Written), seconds(s.Total), seconds(s.Queued), seconds(s.Wait), seconds(s.Download),
-				seconds(s.Decompress), seconds(s.Write), seconds(s.Verify), seconds(s.Commit), dash(x.Namespace), dash(x.Image)+suffix(x.Error))
-		}
-	}
+	printLayers(line, r.Recent)
 	return t.Flush()
+}
+
+// printLayers prints the layers that ended. Their namespace is known only where
+// namespaces do not share content.
+func printLayers(line func(...string), layers []status.Layer) {
+	if len(layers) == 0 {
+		return
+	}
+	isolated := slices.ContainsFunc(layers, func(l status.Layer) bool { return l.Namespace != "" })
+	row := func(namespace, image string, cells ...string) {
+		if isolated {
+			cells = append(cells, namespace)
+		}
+		line(append(cells, image)...)
+	}
+	line("")
+	row("NAMESPACE", "IMAGE", "LAYERS", "SIZE", "UNPACKED", "TOTAL", "QUEUED", "WAIT", "DOWNLOAD", "DECOMPRESS", "WRITE", "VERIFY", "COMMIT")
+	for _, x := range layers {
+		s := x.Seconds
+		row(dash(x.Namespace), dash(x.Image)+suffix(x.Error), short(string(x.Digest)), amount(x.Size), amount(x.Written), seconds(s.Total), seconds(s.Queued),
+			seconds(s.Wait), seconds(s.Download), seconds(s.Decompress), seconds(s.Write), seconds(s.Verify), seconds(s.Commit))
+	}
 }
 
 func reason(text string) string {

@@ -10,6 +10,8 @@ import (
 	"io"
 	"os"
 	"os/signal"
+	"path/filepath"
+	"strconv"
 	"strings"
 	"syscall"
 
@@ -30,19 +32,49 @@ const (
 const usage = `gantryd serves containerd's content, snapshot and diff services on one unix socket.
 
 Usage:
-  gantryd [--config FILE]             run until SIGTERM or SIGINT; a second one ends it at once
-  gantryd config default              print the default configuration, with a comment for each key
-  gantryd [--config FILE] config dump print the configuration that gantryd would run with
-  gantryd config systemd              print a unit for systemd
+  gantryd [--config FILE]                 run until SIGTERM or SIGINT; a second one ends it at once
+  gantryd config default                  print the default configuration, with a comment for each key
+  gantryd [--config FILE] config dump     print the configuration that gantryd would run with
+  gantryd [--config FILE] config systemd  print a unit for systemd that starts this program, with FILE if given
   gantryd --version | --help
 
-Without --config, ` + config.DefaultPath + ` is read if it exists.
+Without --config, ` + config.DefaultPath + ` is read if it exists. --config comes before the command.
 Exit codes: 0 after a stop that was asked for, 1 after a failure, 2 for a bad command line or configuration.
 Beside it: "gantry config containerd" prints what containerd needs, "gantry status" shows what gantryd is doing.
 `
 
 //go:embed gantryd.service
 var unit string
+
+// unitStart is the line of the embedded unit that names the program.
+const unitStart = "ExecStart=/usr/local/bin/gantryd"
+
+// systemdUnit returns a unit that starts the program that runs now, with the
+// configuration in file if one is named.
+func systemdUnit(file string) (string, error) {
+	program, err := os.Executable()
+	if err != nil {
+		return "", fmt.Errorf("where this program is: %w", err)
+	}
+	start := "ExecStart=" + unitWord(program)
+	if file != "" {
+		path, err := filepath.Abs(file)
+		if err != nil {
+			return "", fmt.Errorf("the path of %s: %w", file, err)
+		}
+		start += " --config " + unitWord(path)
+	}
+	return strings.Replace(unit, unitStart, start, 1), nil
+}
+
+// unitWord is s as one word of a systemd command line.
+func unitWord(s string) string {
+	s = strings.NewReplacer("%", "%%", "$", "$$").Replace(s)
+	if strings.ContainsAny(s, " \t\"'\\;") {
+		return strconv.Quote(s)
+	}
+	return s
+}
 
 func main() {
 	os.Exit(run(os.Args[1:], os.Stdout, os.Stderr, serve))
@@ -63,12 +95,18 @@ func run(args []string, stdout, stderr io.Writer, serve func(*config.Config) err
 		return output(stdout, stderr, "gantryd "+config.Version+"\n")
 	}
 	switch command := strings.Join(flags.Args(), " "); command {
-	case "help":
+	case "help", "config --help", "config -h":
 		return output(stdout, stderr, usage)
+	case "config":
+		return misused(stderr, `config of what? There are "config default", "config dump" and "config systemd"`)
 	case "config default":
 		return fail(stderr, config.Default().Encode(stdout), exitFailed)
 	case "config systemd":
-		return output(stdout, stderr, unit)
+		text, err := systemdUnit(*file)
+		if err != nil {
+			return fail(stderr, err, exitFailed)
+		}
+		return output(stdout, stderr, text)
 	case "", "config dump":
 		c, err := config.Load(*file)
 		if err != nil {

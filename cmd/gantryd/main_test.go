@@ -54,6 +54,9 @@ func TestCommandLine(t *testing.T) {
 		"default":        {[]string{"config", "default"}, nil, exitOK, "root = \"/var/lib/gantry\"", ""},
 		"dump":           {[]string{"--config", good, "config", "dump"}, nil, exitOK, "root = \"/somewhere\"", ""},
 		"unit":           {[]string{"config", "systemd"}, nil, exitOK, "WatchdogSec=", ""},
+		"unit's config":  {[]string{"--config", "/odd %dir/g.toml", "config", "systemd"}, nil, exitOK, " --config \"/odd %%dir/g.toml\"\n", ""},
+		"half a command": {[]string{"config"}, nil, exitUsage, "", `"config default"`},
+		"config help":    {[]string{"config", "--help"}, nil, exitOK, "Usage:\n  gantryd", ""},
 		"unknown":        {[]string{"serve"}, nil, exitUsage, "", `unknown command "serve"`},
 		"unknown flag":   {[]string{"--root", "/x"}, nil, exitUsage, "", "not defined: -root"},
 		"absent file":    {[]string{"--config", "/absent.toml"}, nil, exitUsage, "", "/absent.toml"},
@@ -80,6 +83,18 @@ func TestCommandLine(t *testing.T) {
 				}
 			}
 		})
+	}
+}
+
+func TestUnitStartsThisProgram(t *testing.T) {
+	t.Parallel()
+	program, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	text, err := systemdUnit("")
+	if want := "\nExecStart=" + program + "\n"; err != nil || !strings.Contains(text, want) {
+		t.Errorf("got %v\n%s\nwant %q in it", err, text, want)
 	}
 }
 
