@@ -7,8 +7,13 @@ import (
 	"sync/atomic"
 	"time"
 
+	"golang.org/x/sync/semaphore"
+
 	"github.com/gantryd/gantry/content/transfer"
 )
+
+// briefly is how long a worker waits for bytes before it serves another layer.
+const briefly = 200 * time.Millisecond
 
 // errRestart means that bytes already read turned out not to be the blob's.
 var errRestart = errors.New("bytes below the reader were fetched anew")
@@ -17,10 +22,11 @@ var errRestart = errors.New("bytes below the reader were fetched anew")
 // transfer or, after it failed, the ingest of the client that goes on where the
 // transfer stopped, which has the transfer's bytes too.
 type follower struct {
-	u    *unpack
-	off  int64
-	err  error // why the bytes ended early, for explain
-	lost error // why the last source failed
+	u       *unpack
+	workers *semaphore.Weighted // one is held while the follower is read
+	off     int64
+	err     error // why the bytes ended early, for explain
+	lost    error // why the last source failed
 }
 
 // reader binds the follower to a context: decompressors know only io.Reader.
@@ -39,7 +45,7 @@ func (f *follower) read(ctx context.Context, p []byte) (int, error) {
 		if err != nil {
 			return 0, f.fail(err)
 		}
-		n, err := source.ReadAt(ctx, p, f.off)
+		n, err := f.readAt(ctx, source, p)
 		if n > 0 {
 			f.off += int64(n)
 			f.u.read.Store(f.off)
@@ -52,6 +58,35 @@ func (f *follower) read(ctx context.Context, p []byte) (int, error) {
 			return 0, f.fail(err)
 		}
 	}
+}
+
+// readAt reads from the source. A worker is for decompressing: after a moment
+// without bytes the follower waits without one, so that a registry that stalls
+// does not hold up the layers of another.
+func (f *follower) readAt(ctx context.Context, source byteSource, p []byte) (int, error) {
+	soon, cancel := context.WithTimeout(ctx, briefly)
+	n, err := source.ReadAt(soon, p, f.off)
+	cancel()
+	if n > 0 || ctx.Err() != nil || !errors.Is(err, context.DeadlineExceeded) {
+		return n, err
+	}
+	err = f.idle(ctx, func() error {
+		n, err = source.ReadAt(ctx, p, f.off)
+		return err
+	})
+	return n, err
+}
+
+// idle gives the worker back while wait runs. An error of getting one again takes
+// precedence.
+func (f *follower) idle(ctx context.Context, wait func() error) error {
+	f.workers.Release(1)
+	err := wait()
+	// The worker is held again in any case: whoever acquired it gives it back.
+	if aerr := f.workers.Acquire(context.WithoutCancel(ctx), 1); aerr != nil {
+		return aerr
+	}
+	return err
 }
 
 func (f *follower) fail(err error) error {
@@ -74,14 +109,20 @@ func (f *follower) source(ctx context.Context) (byteSource, error) {
 	if source != nil {
 		return source, nil
 	}
-	timer := time.NewTimer(patience)
-	defer timer.Stop()
-	select {
-	case <-changed:
-		source, _ = f.u.current()
-	case <-timer.C:
-	case <-ctx.Done():
-		return nil, context.Cause(ctx)
+	err := f.idle(ctx, func() error {
+		timer := time.NewTimer(patience)
+		defer timer.Stop()
+		select {
+		case <-changed:
+			source, _ = f.u.current()
+		case <-timer.C:
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		}
+		return nil
+	})
+	if err != nil {
+		return nil, err
 	}
 	if source == nil {
 		return nil, errors.Join(errNoBytes, f.lost)
@@ -116,7 +157,7 @@ func (f *follower) verified(ctx context.Context) error {
 		if err != nil {
 			return err
 		}
-		if err = source.Verified(ctx); err == nil {
+		if err = f.idle(ctx, func() error { return source.Verified(ctx) }); err == nil {
 			return nil
 		}
 		if err := f.give(ctx, source, err); err != nil {

@@ -9,6 +9,7 @@ import (
 	"math/rand/v2"
 	"net/http"
 	"net/http/httptest"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -24,6 +25,7 @@ import (
 	"github.com/gantryd/gantry/content"
 	"github.com/gantryd/gantry/content/registry"
 	"github.com/gantryd/gantry/content/transfer"
+	"github.com/gantryd/gantry/plugin/status"
 	"github.com/gantryd/gantry/snapshotter/layer"
 )
 
@@ -549,5 +551,50 @@ func TestCloseEndsEverything(t *testing.T) {
 	}
 	if _, err := f.Fetch(t.Context(), request("default", l)); !errdefs.IsUnavailable(err) {
 		t.Errorf("after Close: want ErrUnavailable, got %v", err)
+	}
+}
+
+func TestStalledLayersHoldNoWorkers(t *testing.T) {
+	t.Parallel()
+	f := newFixture(t, false)
+	stalled := make(map[string]bool)
+	release := make(chan struct{})
+	defer close(release)
+	f.answer = func(_ http.ResponseWriter, r *http.Request) bool {
+		if !stalled[r.URL.Path[strings.LastIndex(r.URL.Path, "/")+1:]] {
+			return false
+		}
+		select {
+		case <-release:
+		case <-r.Context().Done():
+		}
+		return true
+	}
+	var layers []ocispec.Descriptor
+	var ids []digest.Digest
+	for i := range uint64(2) { // as many as there are workers
+		l, id := f.addLayer(t, i, 1<<20)
+		layers, ids = append(layers, l), append(ids, id)
+		stalled[l.Digest.String()] = true
+	}
+	f.addImage(t, "default", layers, ids)
+	other, want := f.addLayer(t, 7, 1000)
+	f.images.put(t, f.blobs[other.Digest])
+	f.Start(t.Context(), f.images)
+	w, err := f.Fetch(t.Context(), request("default", layers[0]))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer w.Close()
+	for len(f.Unpacks()) < 2 || slices.ContainsFunc(f.Unpacks(), func(u status.Unpack) bool { return u.Phase == phaseQueued }) {
+		if t.Context().Err() != nil {
+			t.Fatal("the layers did not get to a worker")
+		}
+		time.Sleep(time.Millisecond)
+	}
+	ctx, cancel := context.WithTimeout(namespaces.WithNamespace(t.Context(), "default"), 8*time.Second)
+	defer cancel()
+	if got, _, err := f.Layer(ctx, other); err != nil || got != want {
+		t.Errorf("want %s while other layers stall, got %s, %v", want, got, err)
 	}
 }

@@ -285,7 +285,7 @@ func (p *Puller) produce(ctx context.Context, u *unpack) (*layer.Layer, error) {
 	since(u.started, &u.times.queued)
 	var lost error
 	for range maxRestarts {
-		f := &follower{u: u, lost: lost}
+		f := &follower{u: u, workers: p.workers, lost: lost}
 		l, err := p.write(ctx, u, f)
 		if err == nil {
 			if err = p.verify(ctx, u, f); err == nil {
