@@ -27,8 +27,9 @@ type image struct {
 
 	// The rest is guarded by Puller.mu.
 	waiters  int
-	ended    bool // it holds nothing any more
-	prefetch bool // the other layers have been started
+	left     time.Time // when the last waiter left
+	ended    bool      // it holds nothing any more
+	prefetch bool      // the other layers have been started
 	idle     *time.Timer
 	handles  []*transfer.Handle
 	unpacks  []*unpack
@@ -86,6 +87,7 @@ func (p *Puller) attend(key imageKey) (*image, error) {
 func (p *Puller) leave(img *image) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
+	img.left = time.Now()
 	if img.waiters--; img.waiters == 0 && !img.ended {
 		img.idle = time.AfterFunc(grace, func() { p.end(img) })
 	}
@@ -111,14 +113,21 @@ func (p *Puller) end(img *image) {
 		p.release(u)
 	}
 	img.handles, img.unpacks = nil, nil
+	entry := log.L.WithFields(log.Fields{
+		"namespace": img.key.namespace, "manifest": img.key.manifest, "ref": p.hints.ref(img.key.namespace, img.key.manifest),
+		"duration": img.left.Sub(img.started).Round(time.Millisecond),
+	})
+	failure := img.failure
 	p.mu.Unlock()
 	for _, h := range handles {
 		closeHandle(h)
 	}
-	log.L.WithFields(log.Fields{
-		"namespace": img.key.namespace, "manifest": img.key.manifest, "ref": p.hints.ref(img.key.namespace, img.key.manifest),
-		"layers": len(handles), "duration": time.Since(img.started).Round(time.Millisecond),
-	}).Debug("image is no longer waited for")
+	// The one line about a pull; its layers are told at debug.
+	if failure != nil {
+		entry.WithError(failure).Info("image left to containerd's own fetch")
+	} else {
+		entry.Info("image fetched")
+	}
 }
 
 // startAll starts the image's other layers, once and in the background, so that a

@@ -274,7 +274,7 @@ func (p *Puller) run(ctx context.Context, u *unpack) {
 		entry.WithError(err).Warn("layer not unpacked")
 		return
 	}
-	entry.WithField("diffid", l.DiffID).WithField("bytes", l.Size).Info("layer unpacked")
+	entry.WithField("diffid", l.DiffID).WithField("bytes", l.Size).Debug("layer unpacked")
 }
 
 func (p *Puller) produce(ctx context.Context, u *unpack) (*layer.Layer, error) {
