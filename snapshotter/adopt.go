@@ -48,6 +48,10 @@ func (s *Snapshotter) Adopt(ctx context.Context, mounts []mount.Mount, diffID di
 		return err
 	}
 	defer unlock()
+	// Commit holds this lock: it may have come before. A committed snapshot is final.
+	if snap, err = s.adopting(ctx, id); err != nil {
+		return err
+	}
 	if err := s.mayAdopt(ctx, snap); err != nil {
 		return fmt.Errorf("snapshot %s: %w", id, err)
 	}
@@ -108,10 +112,15 @@ func (s *Snapshotter) adopting(ctx context.Context, id string) (snap storage.Sna
 		if !ok {
 			return fmt.Errorf("snapshot %s: %w", id, errdefs.ErrNotFound)
 		}
-		snap, err = storage.GetSnapshot(ctx, key)
-		if err == nil && snap.Kind != snapshots.KindActive {
-			err = fmt.Errorf("snapshot %s is a view: %w", key, errdefs.ErrFailedPrecondition)
+		_, info, _, err := storage.GetInfo(ctx, key)
+		if err != nil {
+			return err
 		}
+		if info.Kind != snapshots.KindActive {
+			// Nothing that would have the caller write to the mounts instead.
+			return fmt.Errorf("snapshot %s is %s and takes no layer: %w", key, info.Kind, errdefs.ErrInvalidArgument)
+		}
+		snap, err = storage.GetSnapshot(ctx, key)
 		return err
 	})
 	return snap, err

@@ -7,6 +7,7 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/containerd/containerd/v2/core/mount"
 	"github.com/containerd/containerd/v2/core/snapshots"
@@ -103,6 +104,50 @@ func TestAdoptTakesParentFromCommit(t *testing.T) {
 	}
 	r.commit(t, "top", "extract", "good-0")
 	sameTree(t, r.show(t, "top"), reference(t, nil, good, top))
+}
+
+// Commit comes while Apply waits for the snapshot: what is committed is final, and
+// the answer is none after which the differ writes to the mounts by itself.
+func TestAdoptComesAfterCommit(t *testing.T) {
+	for _, mode := range mountModes {
+		t.Run(string(mode), func(t *testing.T) {
+			r := newRig(t, mode)
+			d := r.store(t, makeTar(t, reg("f", "f")))
+			mounts, err := r.Prepare(t.Context(), "k", "")
+			if err != nil {
+				t.Fatal(err)
+			}
+			id := r.id(t, "k")
+			unlock, err := r.locks.lock(t.Context(), id)
+			if err != nil {
+				t.Fatal(err)
+			}
+			adopted := make(chan error, 1)
+			go func() { adopted <- r.Adopt(t.Context(), mounts, d) }()
+			for waiting := false; !waiting; time.Sleep(time.Millisecond) {
+				r.locks.mu.Lock()
+				waiting = r.locks.held[id].users == 2
+				r.locks.mu.Unlock()
+			}
+			// What Commit does under the lock.
+			err = r.ms.WithTransaction(t.Context(), true, func(ctx context.Context) error {
+				_, err := storage.CommitActive(ctx, "k", "name", snapshots.Usage{})
+				return err
+			})
+			unlock()
+			if err != nil {
+				t.Fatal(err)
+			}
+			for try, err := range []error{<-adopted, r.Adopt(t.Context(), mounts, d)} {
+				if !errdefs.IsInvalidArgument(err) {
+					t.Errorf("try %d: got %v, want an invalid argument", try, err)
+				}
+			}
+			if r.isTar(id) || exists(r.pending(id)) || exists(filepath.Join(r.upper(id), "f")) {
+				t.Error("a committed snapshot took a layer")
+			}
+		})
+	}
 }
 
 func TestAdoptRefusesForeignMounts(t *testing.T) {
