@@ -150,6 +150,8 @@ func (o *fakeObserver) Ingesting(ns string, d digest.Digest, size int64, g *Grow
 	o.growing = append(o.growing, g)
 }
 
+func (o *fakeObserver) Mismatched(ns string, d digest.Digest) { o.note("mismatched %s %s", ns, d) }
+
 func (o *fakeObserver) Deleted(d digest.Digest) { o.note("deleted %s", d) }
 
 func (o *fakeObserver) seen() []string {

@@ -51,6 +51,8 @@ type ingest struct {
 	total    int64         // 0: unknown
 	staged   digest.Digest // the blob in blobs/ that this ingest holds; then there is no data file
 	transfer Transfer      // what the session waits for
+	salvaged bool          // a failed transfer's bytes are in it
+	alone    bool          // they were not the blob's: no more of them
 	cancel   context.CancelCauseFunc
 
 	// Owned by the session. The digester has seen the first hashed bytes; it is

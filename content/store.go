@@ -74,8 +74,11 @@ type Observer interface {
 	Committed(namespace string, d digest.Digest, size int64)
 	// Ingesting: a client writes the blob d itself. Called at the first WRITE of
 	// a session, and again at the first WRITE after a truncation. size is 0 when
-	// the client has declared none.
+	// the client has declared none. The observer closes g when it needs it no more.
 	Ingesting(namespace string, d digest.Digest, size int64, g *Growing)
+	// Mismatched: namespace's client went on where a failed transfer had stopped,
+	// and all bytes together are not the blob d. The transfer's may be to blame.
+	Mismatched(namespace string, d digest.Digest)
 	// Deleted: the blob is no longer shown.
 	Deleted(d digest.Digest)
 }

@@ -40,6 +40,18 @@ func (s *Session) finish(ctx context.Context) error {
 	if err := s.complete(ctx); err != nil || s.ing.staged != "" {
 		return err
 	}
+	return s.spoiled()
+}
+
+// spoiled empties an ingest that has all bytes of a blob but is not it. Bytes of
+// a failed transfer may be why; they must not stand in the way of the next try.
+func (s *Session) spoiled() error {
+	if s.ing.salvaged {
+		s.ing.alone = true
+		if s.store.observer != nil {
+			s.store.observer.Mismatched(s.namespace, s.named)
+		}
+	}
 	return s.startOver()
 }
 
@@ -136,12 +148,13 @@ func (s *Session) claim(t Transfer) error {
 // salvage copies what a failed transfer has and the ingest has not, so that the
 // client asks the registry for the rest only.
 func (s *Session) salvage(ctx context.Context, t Transfer) error {
-	if s.ing.staged != "" || t.Frontier() <= s.ing.offset {
+	if s.ing.staged != "" || s.ing.alone || t.Frontier() <= s.ing.offset {
 		return nil
 	}
 	if err := s.catchUp(ctx); err != nil {
 		return err
 	}
+	s.ing.salvaged = true
 	w := &salvager{session: s, ctx: ctx, skip: s.ing.offset}
 	_, err := t.CopyTo(ctx, w)
 	if w.err != nil {

@@ -2,6 +2,7 @@ package content
 
 import (
 	"context"
+	"fmt"
 	"os"
 	"slices"
 	"sync"
@@ -277,6 +278,30 @@ func TestTakeoverOfWrongBytes(t *testing.T) {
 			wantBlob(t, s, data, true)
 		})
 	}
+}
+
+// A failed transfer left wrong bytes at the start: the commit of what the client
+// made of them fails, and the retry gets none of them again.
+func TestWrongBytesOfAFailedTransferAreNotTakenTwice(t *testing.T) {
+	t.Parallel()
+	data, d := randomBytes(t, 5000)
+	bad := slices.Clone(data)
+	bad[10] ^= 1
+	o := &fakeObserver{}
+	s := newStore(t, t.TempDir(), Options{Fetcher: &fakeFetcher{transfer: newTransfer(t, bad).fail(3000)}, Observer: o})
+	w := open(t, s, layerRef(d), 5000)
+	mustStatus(t, w, 3000)
+	mustWrite(t, w, 0, data[3000:], 2000)
+	_, err := w.Commit(testContext(t), 2000, 5000, d, nil)
+	wantErr(t, err, errdefs.ErrFailedPrecondition)
+	if want := fmt.Sprintf("mismatched default %s", d); !slices.Contains(o.seen(), want) {
+		t.Errorf("events %q, wanted %q: the transfer must not keep its bytes", o.seen(), want)
+	}
+	w = open(t, s, layerRef(d), 5000)
+	mustStatus(t, w, 0)
+	mustWrite(t, w, 0, data, 5000)
+	mustCommit(t, w, 5000, 5000, d)
+	wantBlob(t, s, data, true)
 }
 
 func TestTransferOfAnotherSize(t *testing.T) {

@@ -57,7 +57,8 @@ func parseDigits(s string) (int64, bool) {
 //
 // A 206 may be shorter than asked for, as RFC 9110 allows, but starts where it
 // was asked to; a 200 is the whole blob. Where the reply tells the blob's size
-// or its own length, both must be right.
+// or its own length, both must be right. Only a Content-Range is taken as the
+// host's word on the size: a 200 of another length may be somebody's login page.
 func checkReply(resp *http.Response, asked span, size int64) (span, error) {
 	got := span{0, size}
 	switch resp.StatusCode {
@@ -80,9 +81,6 @@ func checkReply(resp *http.Response, asked span, size int64) (span, error) {
 		}
 	default:
 		return span{}, fmt.Errorf("unexpected %s: %w", clean(resp.Status), errdefs.ErrFailedPrecondition)
-	}
-	if resp.StatusCode == http.StatusOK && resp.ContentLength >= 0 && resp.ContentLength != size {
-		return span{}, fmt.Errorf("blob of %d bytes instead of %d: %w", resp.ContentLength, size, transfer.ErrWrongSize)
 	}
 	if resp.ContentLength >= 0 && resp.ContentLength != got.n {
 		return span{}, fmt.Errorf("reply of %d bytes instead of %d: %w", resp.ContentLength, got.n, errdefs.ErrFailedPrecondition)

@@ -1,6 +1,7 @@
 package pull
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"fmt"
@@ -34,13 +35,55 @@ type manifest struct {
 	seen   uint64               // order in which it arrived
 }
 
+// maxLayers bounds how many layers a manifest or a config may name. Overlay can
+// mount 500. A document of maxDocument could name millions, which take fifty times
+// its size in memory.
+const maxLayers = 1000
+
 // document is either a manifest or a config; the other half stays empty.
 type document struct {
-	Config ocispec.Descriptor   `json:"config"`
-	Layers []ocispec.Descriptor `json:"layers"`
+	Config struct {
+		Digest digest.Digest `json:"digest"`
+	} `json:"config"`
+	Layers list[listed] `json:"layers"`
 	RootFS struct {
-		DiffIDs []digest.Digest `json:"diff_ids"`
+		DiffIDs list[digest.Digest] `json:"diff_ids"`
 	} `json:"rootfs"`
+}
+
+// listed is what is read of a layer's descriptor.
+type listed struct {
+	MediaType string        `json:"mediaType"`
+	Digest    digest.Digest `json:"digest"`
+	Size      int64         `json:"size"`
+}
+
+// list is a slice that refuses more than maxLayers elements before it holds them.
+type list[T any] []T
+
+// UnmarshalJSON implements json.Unmarshaler.
+func (l *list[T]) UnmarshalJSON(raw []byte) error {
+	d := json.NewDecoder(bytes.NewReader(raw))
+	*l = nil // of two lists the last one counts, as everywhere
+	switch start, err := d.Token(); {
+	case err != nil:
+		return err
+	case start == nil:
+		return nil
+	case start != json.Delim('['):
+		return fmt.Errorf("%v where a list should be: %w", start, errdefs.ErrInvalidArgument)
+	}
+	for d.More() {
+		if len(*l) == maxLayers {
+			return fmt.Errorf("more than %d layers: %w", maxLayers, errdefs.ErrInvalidArgument)
+		}
+		var v T
+		if err := d.Decode(&v); err != nil {
+			return err
+		}
+		*l = append(*l, v)
+	}
+	return nil
 }
 
 // catalog knows which layers the manifests in the store list, and which DiffIDs

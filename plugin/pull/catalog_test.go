@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"slices"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -19,8 +20,10 @@ import (
 
 // memory is a content store of documents.
 type memory struct {
-	mu    sync.Mutex
-	blobs map[digest.Digest][]byte
+	mu     sync.Mutex
+	blobs  map[digest.Digest][]byte
+	opened int // readers, and those of them not closed
+	open   int
 }
 
 func (m *memory) put(t *testing.T, v any) digest.Digest {
@@ -52,9 +55,17 @@ func (m *memory) Info(_ context.Context, d digest.Digest) (ccontent.Info, error)
 	return ccontent.Info{Digest: d, Size: int64(len(b))}, nil
 }
 
-type memoryReader struct{ *bytes.Reader }
+type memoryReader struct {
+	*bytes.Reader
+	m *memory
+}
 
-func (memoryReader) Close() error { return nil }
+func (r memoryReader) Close() error {
+	r.m.mu.Lock()
+	defer r.m.mu.Unlock()
+	r.m.open--
+	return nil
+}
 
 func (m *memory) ReaderAt(ctx context.Context, desc ocispec.Descriptor) (ccontent.ReaderAt, error) {
 	if _, err := m.Info(ctx, desc.Digest); err != nil {
@@ -62,7 +73,9 @@ func (m *memory) ReaderAt(ctx context.Context, desc ocispec.Descriptor) (cconten
 	}
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	return memoryReader{bytes.NewReader(m.blobs[desc.Digest])}, nil
+	m.opened++
+	m.open++
+	return memoryReader{bytes.NewReader(m.blobs[desc.Digest]), m}, nil
 }
 
 func (m *memory) Walk(ctx context.Context, fn ccontent.WalkFunc, _ ...string) error {
@@ -176,6 +189,36 @@ func TestCatalogPassesOverOtherBlobs(t *testing.T) {
 	}
 	if len(c.manifests) != 0 || len(c.diffIDs) != 0 {
 		t.Errorf("want an empty catalog, got %v and %v", c.manifests, c.diffIDs)
+	}
+}
+
+// A document may name so many layers that holding them takes the node's memory.
+func TestCatalogBoundsTheLayersOfADocument(t *testing.T) {
+	t.Parallel()
+	for name, tc := range map[string]struct {
+		n    int
+		want bool
+	}{"as many as may be": {maxLayers, true}, "one more": {maxLayers + 1, false}, "millions": {2 << 20, false}} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			l := `{"digest":"` + digest.FromString("l").String() + `","size":1}`
+			if tc.n > maxLayers+1 {
+				l = "{}"
+			}
+			m := &memory{}
+			d := m.put(t, []byte(`{"config":{"digest":"x"},"layers":[`+l+strings.Repeat(","+l, tc.n-1)+`],"rootfs":{"diff_ids":["a"]}}`))
+			c := newCatalog()
+			c.blobs = m
+			c.read(t.Context(), d)
+			if got := c.manifests[d] != nil; got != tc.want {
+				t.Errorf("a manifest of %d layers: kept %t, want %t", tc.n, got, tc.want)
+			}
+			ids := m.put(t, []byte(`{"rootfs":{"diff_ids":["a"`+strings.Repeat(`,"a"`, tc.n-1)+`]}}`))
+			c.read(t.Context(), ids)
+			if got := c.diffIDs[ids] != nil; got != tc.want {
+				t.Errorf("a config of %d layers: kept %t, want %t", tc.n, got, tc.want)
+			}
+		})
 	}
 }
 

@@ -13,14 +13,14 @@ import (
 // errRestart means that bytes already read turned out not to be the blob's.
 var errRestart = errors.New("bytes below the reader were fetched anew")
 
-// follower reads the compressed bytes of an unpack in order, from whichever
-// source has them: a transfer, and after it failed the ingest of the client that
-// goes on where the transfer stopped.
+// follower reads the compressed bytes of an unpack in order, from one source: a
+// transfer or, after it failed, the ingest of the client that goes on where the
+// transfer stopped, which has the transfer's bytes too.
 type follower struct {
 	u    *unpack
 	off  int64
 	err  error // why the bytes ended early, for explain
-	lost error // of the last source that failed
+	lost error // why the last source failed
 }
 
 // reader binds the follower to a context: decompressors know only io.Reader.
@@ -89,8 +89,9 @@ func (f *follower) source(ctx context.Context) (byteSource, error) {
 	return source, nil
 }
 
-// give deals with the error of a source: nil means that the next one continues
-// where it stopped.
+// give deals with the error of a source. Only nil lets the follower read on; bytes
+// of two sources are never put together, for the one that is verified in the end
+// vouches for its own bytes only.
 func (f *follower) give(ctx context.Context, source byteSource, err error) error {
 	switch {
 	case err == nil:
@@ -102,8 +103,7 @@ func (f *follower) give(ctx context.Context, source byteSource, err error) error
 	}
 	f.lost = err
 	f.u.drop(source)
-	if t, ok := source.(transferSource); ok && t.Frontier() < f.off {
-		// The transfer has disowned bytes that were read from it.
+	if f.off > 0 {
 		return errRestart
 	}
 	return nil

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"slices"
 	"sync"
 	"time"
@@ -12,7 +13,6 @@ import (
 	"github.com/containerd/errdefs"
 	"github.com/containerd/log"
 	digest "github.com/opencontainers/go-digest"
-	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"github.com/gantryd/gantry/content"
 	"github.com/gantryd/gantry/content/transfer"
@@ -27,6 +27,7 @@ type image struct {
 
 	// The rest is guarded by Puller.mu.
 	waiters  int
+	ended    bool // it holds nothing any more
 	prefetch bool // the other layers have been started
 	idle     *time.Timer
 	handles  []*transfer.Handle
@@ -85,7 +86,7 @@ func (p *Puller) attend(key imageKey) (*image, error) {
 func (p *Puller) leave(img *image) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if img.waiters--; img.waiters == 0 && p.images[img.key] == img {
+	if img.waiters--; img.waiters == 0 && !img.ended {
 		img.idle = time.AfterFunc(grace, func() { p.end(img) })
 	}
 }
@@ -93,27 +94,24 @@ func (p *Puller) leave(img *image) {
 // end lets go of what the image holds, unless somebody came back.
 func (p *Puller) end(img *image) {
 	p.mu.Lock()
-	if p.images[img.key] != img || (img.waiters > 0 && !p.closed) {
+	if img.ended || (img.waiters > 0 && !p.closed) {
 		p.mu.Unlock()
 		return
 	}
-	delete(p.images, img.key)
+	img.ended = true
+	if p.images[img.key] == img {
+		delete(p.images, img.key)
+	}
 	img.cancel()
 	if img.idle != nil {
 		img.idle.Stop()
 	}
-	handles, unpacks := img.handles, img.unpacks
+	handles := img.handles
+	for _, u := range img.unpacks {
+		p.release(u)
+	}
 	img.handles, img.unpacks = nil, nil
-	var abandoned []*unpack
-	for _, u := range unpacks {
-		if u.holders--; u.holders == 0 {
-			abandoned = append(abandoned, u)
-		}
-	}
 	p.mu.Unlock()
-	for _, u := range abandoned {
-		u.abandon()
-	}
 	for _, h := range handles {
 		closeHandle(h)
 	}
@@ -199,10 +197,15 @@ func (p *Puller) follow(ctx context.Context, img *image, m *manifest, d digest.D
 	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if p.images[img.key] == img && !slices.Contains(img.unpacks, u) {
-		u.holders++
-		img.unpacks = append(img.unpacks, u)
+	if slices.Contains(img.unpacks, u) {
+		return
 	}
+	u.holders++
+	if img.ended {
+		p.release(u)
+		return
+	}
+	img.unpacks = append(img.unpacks, u)
 }
 
 // join joins or starts a transfer from all hosts of all origins.
@@ -246,8 +249,10 @@ func (p *Puller) reachable(origins []origin) []origin {
 func (p *Puller) fail(img *image, origins []origin, err error) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
+	now := time.Now()
+	maps.DeleteFunc(p.shunned, func(_ string, until time.Time) bool { return now.After(until) })
 	for _, o := range origins {
-		p.shunned[o.String()] = time.Now().Add(shunned)
+		p.shunned[o.String()] = now.Add(shunned)
 	}
 	if img.failure == nil {
 		img.failure = err
@@ -261,10 +266,8 @@ func (p *Puller) fail(img *image, origins []origin, err error) {
 			closeHandle(h)
 		}
 		img.handles = nil
-		for _, u := range img.unpacks {
-			u.holders--
-		}
-		img.unpacks = nil
+		// The unpacks go on until its clients have left: they follow what those
+		// fetch by themselves.
 	}
 }
 
@@ -302,17 +305,29 @@ func (w *waiter) Wait(ctx context.Context) error {
 	}
 }
 
-// failed decides what the end of the transfer means for the client.
+// failed decides what the end of the transfer means for the client. What no host
+// has, containerd's own fetch will not find either, and its message would name
+// neither image nor layer.
 func (w *waiter) failed(err error) error {
-	if errors.Is(err, transfer.ErrWrongSize) {
-		desc := ocispec.Descriptor{Digest: w.Digest(), Size: w.Size()}
-		return w.puller.name(w.image.key.namespace, desc,
-			fmt.Errorf("manifest %s says it has %d bytes, which is wrong: %w: %w", w.image.key.manifest, w.Size(), content.ErrRefused, err))
+	switch {
+	case errors.Is(err, transfer.ErrWrongSize):
+		return w.refuse(fmt.Errorf("its manifest says it has %d bytes, which is wrong: %w", w.Size(), err))
+	case errdefs.IsDataLoss(err):
+		return w.refuse(fmt.Errorf("its digest does not match: %w", err))
 	}
 	if w.Frontier() == 0 && final(err) {
 		w.puller.fail(w.image, w.origins, err)
 	}
 	return err
+}
+
+func (w *waiter) refuse(err error) error {
+	key := w.image.key
+	ref := w.puller.hints.ref(key.namespace, key.manifest)
+	if ref == "" {
+		ref = fmt.Sprintf("%s@%s", w.origins[len(w.origins)-1], key.manifest)
+	}
+	return fmt.Errorf("image %s: layer %s: %w: %w", ref, w.Digest(), content.ErrRefused, err)
 }
 
 // final says whether the error is about the repository rather than this blob.

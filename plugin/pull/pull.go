@@ -131,12 +131,21 @@ func (p *Puller) Close() error {
 // Committed implements content.Observer.
 func (p *Puller) Committed(_ string, d digest.Digest, size int64) { p.catalog.announce(d, size) }
 
+// Mismatched implements content.Observer: what the transfer left behind would
+// spoil the next try too.
+func (p *Puller) Mismatched(namespace string, d digest.Digest) { p.forget(namespace, d) }
+
 // Deleted implements content.Observer.
 func (p *Puller) Deleted(d digest.Digest) {
 	p.catalog.forget(d)
 	if p.isolated {
 		return // whose transfer it was is not known here; the sweep removes it
 	}
+	p.forget("", d)
+}
+
+// forget removes a transfer that nobody uses, in the background.
+func (p *Puller) forget(namespace string, d digest.Digest) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if p.closed {
@@ -144,7 +153,7 @@ func (p *Puller) Deleted(d digest.Digest) {
 	}
 	// Freeing a large file takes its time, and containerd's garbage collection waits.
 	p.wg.Go(func() {
-		m, err := p.transfers("")
+		m, err := p.transfers(namespace)
 		if err == nil {
 			err = m.Forget(d)
 		}
@@ -204,34 +213,45 @@ func (p *Puller) Layer(ctx context.Context, desc ocispec.Descriptor) (digest.Dig
 	if err != nil {
 		return "", 0, err
 	}
-	key := p.unpackKey(namespace, desc.Digest, desc.Size)
-	if u := p.running(key); u != nil {
-		l, err := u.wait(ctx)
-		if err == nil {
-			return p.checked(ctx, namespace, desc, l)
-		}
-		if ctx.Err() != nil || !errors.Is(err, errNoBytes) {
-			return "", 0, p.name(namespace, desc, err)
-		}
-	}
-	if id, err := p.layers.Lookup(desc.Digest); err == nil {
-		if l, err := p.layers.Get(ctx, id); err == nil {
-			return p.checked(ctx, namespace, desc, l)
-		}
-	}
-	ra, err := p.blobs.ReaderAt(ctx, ocispec.Descriptor{Digest: desc.Digest})
-	if err != nil {
-		return "", 0, p.name(namespace, desc, err)
-	}
-	u, err := p.unpack(ctx, key, func() (byteSource, error) { return localSource{ra}, nil })
-	if err != nil {
-		return "", 0, errors.Join(p.name(namespace, desc, err), ra.Close())
-	}
-	l, err := u.wait(ctx)
+	l, err := p.unpacked(ctx, p.unpackKey(namespace, desc.Digest, desc.Size))
 	if err != nil {
 		return "", 0, p.name(namespace, desc, err)
 	}
 	return p.checked(ctx, namespace, desc, l)
+}
+
+// unpacked returns the layer of a blob: from the unpack under way, from the cache,
+// or from the blob in the store.
+func (p *Puller) unpacked(ctx context.Context, key unpackKey) (*layer.Layer, error) {
+	var failed error
+	u := p.running(key)
+	for {
+		if u != nil {
+			l, err := p.await(ctx, u)
+			if err == nil || ctx.Err() != nil || u.local {
+				return l, err
+			}
+			// It read bytes while they came, before anybody knew whether they are
+			// the blob's. The store knows.
+			failed = err
+		}
+		if id, err := p.layers.Lookup(key.blob); err == nil {
+			if l, err := p.layers.Get(ctx, id); err == nil {
+				return l, nil
+			}
+		}
+		var err error
+		u, err = p.unpack(ctx, key, func() (byteSource, error) {
+			ra, err := p.blobs.ReaderAt(ctx, ocispec.Descriptor{Digest: key.blob})
+			return localSource{ra}, err
+		})
+		if err != nil && failed != nil {
+			return nil, failed
+		}
+		if err != nil {
+			return nil, err
+		}
+	}
 }
 
 // allow checks that the request's namespace may have the blob unpacked.

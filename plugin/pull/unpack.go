@@ -36,21 +36,20 @@ type byteSource interface {
 	ReadAt(ctx context.Context, p []byte, off int64) (int, error)
 	// Verified waits until the bytes are known to carry the blob's digest.
 	Verified(ctx context.Context) error
-	// Complete says whether all bytes are there.
-	Complete() bool
+	// Lasts says whether the source comes to its end though nobody waits for it.
+	Lasts() bool
 	Close() error
 }
 
 type transferSource struct{ *transfer.Handle }
 
 func (s transferSource) Verified(ctx context.Context) error { return s.Wait(ctx) }
-func (s transferSource) Complete() bool                     { return s.Frontier() == s.Size() }
+func (s transferSource) Lasts() bool                        { return s.Frontier() == s.Size() }
 
 type ingestSource struct{ *content.Growing }
 
-// Complete is always false: a client that stops writing ends the source itself.
-func (ingestSource) Complete() bool { return false }
-func (ingestSource) Close() error   { return nil }
+// Lasts is always true: the client writes for itself, and ends the source when it stops.
+func (ingestSource) Lasts() bool { return true }
 
 type localSource struct{ ccontent.ReaderAt }
 
@@ -62,7 +61,7 @@ func (s localSource) ReadAt(_ context.Context, p []byte, off int64) (int, error)
 	return n, err
 }
 func (localSource) Verified(context.Context) error { return nil }
-func (localSource) Complete() bool                 { return true }
+func (localSource) Lasts() bool                    { return true }
 
 // unpackKey names an unpack. The size belongs to it because a manifest can lie
 // about it, the namespace because content may be isolated.
@@ -84,7 +83,8 @@ type unpack struct {
 	key     unpackKey
 	started time.Time
 	cancel  context.CancelCauseFunc
-	holders int // images that hold it; guarded by Puller.mu
+	local   bool // it reads the blob in the store, which is verified
+	holders int  // who waits for it, images included; guarded by Puller.mu
 
 	done  chan struct{} // closed when layer and err are set
 	layer *layer.Layer
@@ -110,14 +110,23 @@ func (u *unpack) wait(ctx context.Context) (*layer.Layer, error) {
 	}
 }
 
-// abandon ends the unpack, unless it has all bytes and only needs to finish.
-func (u *unpack) abandon() {
+// lasts says whether the unpack comes to an end by itself.
+func (u *unpack) lasts() bool {
 	u.mu.Lock()
-	complete := slices.ContainsFunc(u.sources, byteSource.Complete)
-	u.mu.Unlock()
-	if !complete {
-		u.cancel(fmt.Errorf("nobody waits for layer %s any more: %w", u.key.blob, errNoBytes))
+	defer u.mu.Unlock()
+	return slices.ContainsFunc(u.sources, byteSource.Lasts)
+}
+
+// release counts a holder out. Without holders an unpack that would keep a
+// transfer going for nobody ends. Called with mu held.
+func (p *Puller) release(u *unpack) {
+	if u.holders--; u.holders > 0 || u.lasts() {
+		return
 	}
+	if p.unpacks[u.key] == u {
+		delete(p.unpacks, u.key) // whoever comes now begins another
+	}
+	u.cancel(fmt.Errorf("nobody waits for layer %s any more: %w", u.key.blob, errNoBytes))
 }
 
 // offer gives the unpack one more source of the same bytes, for when those it
@@ -168,6 +177,19 @@ func (p *Puller) running(key unpackKey) *unpack {
 	return p.unpacks[key]
 }
 
+// await waits for an unpack as one of its holders.
+func (p *Puller) await(ctx context.Context, u *unpack) (*layer.Layer, error) {
+	p.mu.Lock()
+	u.holders++
+	p.mu.Unlock()
+	defer func() {
+		p.mu.Lock()
+		defer p.mu.Unlock()
+		p.release(u)
+	}()
+	return u.wait(ctx)
+}
+
 // unpack returns the unpack under way for key, or starts one from the source. It
 // outlives ctx, which lends its values to the log.
 func (p *Puller) unpack(ctx context.Context, key unpackKey, open func() (byteSource, error)) (*unpack, error) {
@@ -188,6 +210,7 @@ func (p *Puller) unpack(ctx context.Context, key unpackKey, open func() (byteSou
 		key: key, started: time.Now(), cancel: cancel, sources: []byteSource{source},
 		done: make(chan struct{}), changed: make(chan struct{}),
 	}
+	_, u.local = source.(localSource)
 	u.phase.Store(phaseQueued)
 	p.unpacks[key] = u
 	p.wg.Go(func() { p.run(ctx, u) })
@@ -202,18 +225,29 @@ func (p *Puller) Ingesting(namespace string, d digest.Digest, size int64, g *con
 		u.offer(ingestSource{g})
 		return
 	}
-	for _, m := range p.catalog.listing(d, size) {
-		if p.catalog.diffID(m, d) == "" {
-			continue
-		}
-		if _, err := p.layers.Lookup(d); err == nil {
-			return
-		}
-		if _, err := p.unpack(context.Background(), key, func() (byteSource, error) { return ingestSource{g}, nil }); err != nil {
+	followed := false
+	if p.wanted(d, size) {
+		_, err := p.unpack(context.Background(), key, func() (byteSource, error) {
+			followed = true
+			return ingestSource{g}, nil
+		})
+		if err != nil {
 			log.L.WithField("digest", d).WithError(err).Debug("the unpack does not follow")
 		}
-		return
 	}
+	if !followed {
+		closeSource(ingestSource{g})
+	}
+}
+
+// wanted says whether the blob is an image's layer that is not unpacked yet.
+func (p *Puller) wanted(d digest.Digest, size int64) bool {
+	isLayer := slices.ContainsFunc(p.catalog.listing(d, size), func(m *manifest) bool { return p.catalog.diffID(m, d) != "" })
+	if !isLayer {
+		return false
+	}
+	_, err := p.layers.Lookup(d)
+	return err != nil
 }
 
 // run unpacks the blob and records what it is, once its digest is verified.
@@ -221,7 +255,9 @@ func (p *Puller) run(ctx context.Context, u *unpack) {
 	l, err := p.produce(ctx, u)
 	u.layer, u.err = l, err
 	p.mu.Lock()
-	delete(p.unpacks, u.key)
+	if p.unpacks[u.key] == u {
+		delete(p.unpacks, u.key)
+	}
 	p.mu.Unlock()
 	u.mu.Lock()
 	close(u.done)
@@ -247,8 +283,9 @@ func (p *Puller) produce(ctx context.Context, u *unpack) (*layer.Layer, error) {
 	}
 	defer p.workers.Release(1)
 	since(u.started, &u.times.queued)
+	var lost error
 	for range maxRestarts {
-		f := &follower{u: u}
+		f := &follower{u: u, lost: lost}
 		l, err := p.write(ctx, u, f)
 		if err == nil {
 			if err = p.verify(ctx, u, f); err == nil {
@@ -258,9 +295,10 @@ func (p *Puller) produce(ctx context.Context, u *unpack) (*layer.Layer, error) {
 		if !errors.Is(err, errRestart) {
 			return nil, err
 		}
-		log.G(ctx).WithField("digest", u.key.blob).Info("the bytes were fetched anew, the unpack begins again")
+		lost = f.lost
+		log.G(ctx).WithField("digest", u.key.blob).Info("the bytes come anew or from elsewhere, the unpack begins again")
 	}
-	return nil, fmt.Errorf("gave up after %d restarts: %w", maxRestarts, errNoBytes)
+	return nil, fmt.Errorf("gave up after %d restarts: %w", maxRestarts, errors.Join(errNoBytes, lost))
 }
 
 // write turns the followed bytes into a layer file.

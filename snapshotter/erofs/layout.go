@@ -16,7 +16,13 @@ type layout struct {
 	dataStart uint32 // first block of the data area
 	blocks    uint32 // of the image without the trailer
 	mapped    uint32 // where the device's first block appears
+	derived   int64  // bytes of chunk tables and copied data
 }
+
+// maxDerived is how many bytes of chunk tables and copied data an image may have
+// beyond the size of its layer. A sparse map of 1 MiB, strewn over 16 TiB, would
+// take 13 GB. An image of a disk with its data in 100 GB takes 200 MB at most.
+const maxDerived = 256 << 20
 
 // arrange places inodes and data. The whole address space, device included,
 // has 2^32-1 blocks.
@@ -126,5 +132,10 @@ func (l *layout) placeFile(n *node) (tail, blocks int64, err error) {
 	if copied > 0 && l.layer.ReaderAt == nil {
 		return 0, 0, fmt.Errorf("data has to be copied from the layer, which cannot be read: %w", errdefs.ErrInvalidArgument)
 	}
-	return chunkIndexSize * chunkCount(size, n.chunkBits), copied / BlockSize, nil
+	tail = chunkIndexSize * chunkCount(size, n.chunkBits)
+	if l.derived += tail + copied; l.derived > maxDerived+l.layer.Size {
+		return 0, 0, fmt.Errorf("sparse files whose index takes more than %d bytes, in a layer of %d, write them with fewer holes: %w",
+			maxDerived+l.layer.Size, l.layer.Size, errdefs.ErrOutOfRange)
+	}
+	return tail, copied / BlockSize, nil
 }

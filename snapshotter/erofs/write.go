@@ -16,8 +16,8 @@ import (
 //
 // What a tree cannot say in the format (bad or double names, directories with
 // two names, extents out of place) is an errdefs.ErrInvalidArgument; what is
-// over a limit of the format (xattrs, device numbers, files over 16 TiB, layer
-// and index over 2 TiB together) an errdefs.ErrOutOfRange. Either names the
+// over a limit (xattrs, device numbers, files over 16 TiB, layer and index over
+// 2 TiB together, sparse files whose index would dwarf the layer) an errdefs.ErrOutOfRange. Either names the
 // file. Errors of w and of the layer are wrapped as they are.
 func Write(w io.Writer, root *Inode, layer Device) error {
 	if layer.Size < 0 {

@@ -83,6 +83,43 @@ func TestWriteRefuses(t *testing.T) {
 	}
 }
 
+// Small pieces strewn over large files take a table, or copies, far larger than
+// the layer that names them: one file does, and many that are less bad together.
+func TestWriteRefusesAnIndexThatDwarfsItsLayer(t *testing.T) {
+	t.Parallel()
+	strewn := func(n, apart int64) *Inode {
+		in := file(n * apart)
+		for i := range n {
+			in.Data = append(in.Data, Extent{Off: i * apart, Len: BlockSize, DevOff: i * BlockSize})
+		}
+		return in
+	}
+	many := dir()
+	for i := range 64 {
+		many.Children = append(many.Children, Dirent{itoa(i), strewn(1<<10, 4<<20)})
+	}
+	const size = 64 << 20
+	for name, tc := range map[string]struct {
+		root *Inode
+		want error
+	}{
+		"16 TiB":      {dir(named("f", strewn(1<<16, 256<<20-BlockSize))), errdefs.ErrOutOfRange},
+		"many":        {many, errdefs.ErrOutOfRange},
+		"disk images": {dir(named("f", strewn(1<<12, 20<<20)), named("g", strewn(1<<10, 1<<20))), nil},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			err := Write(io.Discard, tc.root, Device{ReaderAt: zeros{}, Size: size})
+			if !errors.Is(err, tc.want) {
+				t.Errorf("got %v, want %v", err, tc.want)
+			}
+			if tc.want != nil && err != nil && !strings.Contains(err.Error(), "sparse") {
+				t.Errorf("the error does not say what is wrong: %v", err)
+			}
+		})
+	}
+}
+
 func TestWriteKeepsWithinAddresses(t *testing.T) {
 	t.Parallel()
 	f := file(512, Extent{0, 512, 512})

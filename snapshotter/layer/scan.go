@@ -16,11 +16,12 @@ import (
 // they are far above what images hold and keep a hostile tar, which shrinks a
 // thousandfold when compressed, from filling the memory.
 const (
-	// MaxEntries is how many members a tar may have.
-	MaxEntries = 16 << 20
+	// MaxEntries is how many members a tar may have. At 250 bytes for each in
+	// memory, and some for its index, that is 1.5 GB.
+	MaxEntries = 4 << 20
 	// MaxHeld bounds the bytes of names, link targets, extended attributes and
 	// sparse maps that a Table keeps.
-	MaxHeld = 1 << 30
+	MaxHeld = 256 << 20
 	// MaxFileSize is the largest file of a layer in bytes, which only a sparse
 	// member can reach: as on ext4.
 	MaxFileSize = 16<<40 - 1<<12
