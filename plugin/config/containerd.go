@@ -56,12 +56,17 @@ var dropIn = template.Must(template.New("containerd").Funcs(template.FuncMap{"q"
 # Switch off: remove the containers that use the snapshotter {{q .Snapshotter}}, remove this file,
 #   systemctl restart containerd, and only then stop gantryd.
 #
-# containerd's metadata goes on naming the blobs that it has, and a pull fails if one of them is missing from the
-# store. gantryd's store is
-#   {{.Config.Content.Root}}
-# If that is not the folder that containerd used before (io.containerd.content.v1.content below containerd's root), either
-# set content.root to that folder, and transfer.root to one on the same file system, in gantryd's configuration (the
-# layout is the same), or remove all images before switching on, and again before switching off.
+# containerd's metadata goes on naming the blobs and the snapshots that it has, also while gantry is switched off:
+#   - A pull fails with "content ...: not found" if a blob is missing from gantryd's store, which is
+#       {{.Config.Content.Root}}
+#     If that is not the folder that containerd used before (io.containerd.content.v1.content below containerd's
+#     root), either set content.root to that folder, and transfer.root to one on the same file system, in gantryd's
+#     configuration (the layout is the same), or remove all images, in every namespace, before switching on, and
+#     again before switching off.
+#   - A pull fails with "target snapshot ...: already exists" if a snapshot is missing from
+#       {{.Config.Root}}
+#     so delete that folder only after all images were removed, in every namespace, with gantry switched on. Where it
+#     is too late, removing all images helps too.
 
 version = 3
 

@@ -20,7 +20,7 @@ type field struct {
 func fields(c *Config) []field {
 	return []field{
 		{key: "root", value: path(&c.Root), fallback: "/var/lib/gantry",
-			doc: "What outlives a reboot: blobs, layer files, snapshots. Not on overlayfs or tmpfs."},
+			doc: "What outlives a reboot: blobs, layer files, snapshots. A folder of gantryd's own on a disk, not on overlayfs or tmpfs."},
 		{key: "state", value: path(&c.State), fallback: "/run/gantry",
 			doc: "What does not: the socket."},
 		{key: "address", value: socket(&c.Address), parent: &c.State, derived: "gantry.sock",
