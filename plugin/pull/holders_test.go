@@ -177,9 +177,11 @@ func (f *fixture) announceImage(t *testing.T, namespace string, layers []ocispec
 	f.images.mu.Lock()
 	defer f.images.mu.Unlock()
 	for d, b := range f.images.blobs {
-		f.Committed(namespace, d, int64(len(b)))
+		if d != m {
+			f.Committed(namespace, d, int64(len(b)))
+		}
 	}
-	_ = m
+	f.Committed(namespace, m, int64(len(f.images.blobs[m]))) // last: the most recent image is preferred
 }
 
 // A client that fetches by itself takes longer than the grace period: the unpack
