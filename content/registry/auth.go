@@ -136,6 +136,9 @@ func (a *auth) explain(ctx context.Context, err error) error {
 	if kind := kindOfTransport(err); kind != nil {
 		return fmt.Errorf("token server: %w: %w", kind, quiet{withoutURL(err)})
 	}
+	if errdefs.IsNotImplemented(err) {
+		return fmt.Errorf("a login is needed, which gantry does not have: %w", errdefs.ErrUnauthenticated)
+	}
 	return fmt.Errorf("%w: %s", errdefs.ErrUnauthenticated, clean(withoutURL(err).Error()))
 }
 

@@ -4,12 +4,14 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"slices"
 	"sync"
 
 	ccontent "github.com/containerd/containerd/v2/core/content"
+	"github.com/containerd/containerd/v2/pkg/snapshotters"
 	"github.com/containerd/errdefs"
 	"github.com/containerd/log"
 	digest "github.com/opencontainers/go-digest"
@@ -40,6 +42,8 @@ type manifest struct {
 // its size in memory.
 const maxLayers = 1000
 
+var errTooMany = fmt.Errorf("more than %d layers: %w", maxLayers, errdefs.ErrInvalidArgument)
+
 // document is either a manifest or a config; the other half stays empty.
 type document struct {
 	Config struct {
@@ -53,9 +57,10 @@ type document struct {
 
 // listed is what is read of a layer's descriptor.
 type listed struct {
-	MediaType string        `json:"mediaType"`
-	Digest    digest.Digest `json:"digest"`
-	Size      int64         `json:"size"`
+	MediaType   string            `json:"mediaType"`
+	Digest      digest.Digest     `json:"digest"`
+	Size        int64             `json:"size"`
+	Annotations map[string]string `json:"annotations"`
 }
 
 // list is a slice that refuses more than maxLayers elements before it holds them.
@@ -75,7 +80,7 @@ func (l *list[T]) UnmarshalJSON(raw []byte) error {
 	}
 	for d.More() {
 		if len(*l) == maxLayers {
-			return fmt.Errorf("more than %d layers: %w", maxLayers, errdefs.ErrInvalidArgument)
+			return errTooMany
 		}
 		var v T
 		if err := d.Decode(&v); err != nil {
@@ -101,6 +106,12 @@ type catalog struct {
 	done      uint64        // documents read so far
 	changed   chan struct{} // closed and replaced whenever added or done moves
 	arrivals  uint64
+	// forged are the image references that manifests named themselves, in
+	// annotations which reach Prepare as if containerd had set them. They are kept
+	// when the manifest goes: what was learned from it is still about. Where they
+	// cannot be told, all are suspect.
+	forged  map[string]struct{}
+	suspect bool
 }
 
 func newCatalog() *catalog {
@@ -109,6 +120,7 @@ func newCatalog() *catalog {
 		layers:    make(map[digest.Digest][]*manifest),
 		diffIDs:   make(map[digest.Digest][]digest.Digest),
 		changed:   make(chan struct{}),
+		forged:    make(map[string]struct{}),
 		// The first document is the store itself: until it was walked, nothing settles.
 		added: 1,
 	}
@@ -203,11 +215,17 @@ func (c *catalog) read(ctx context.Context, d digest.Digest) {
 	if err != nil {
 		if !errdefs.IsNotFound(err) {
 			log.G(ctx).WithField("digest", d).WithError(err).Debug("not read as manifest or config")
+			c.mu.Lock()
+			defer c.mu.Unlock()
+			c.suspect = c.suspect || errors.Is(err, errTooMany)
 		}
 		return
 	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
+	for _, l := range doc.Layers {
+		c.accuse(l.Annotations[snapshotters.TargetRefLabel])
+	}
 	if len(doc.RootFS.DiffIDs) > 0 {
 		c.diffIDs[d] = doc.RootFS.DiffIDs
 	}
@@ -232,6 +250,27 @@ func (c *catalog) read(ctx context.Context, d digest.Digest) {
 			c.layers[l.Digest] = append(c.layers[l.Digest], m)
 		}
 	}
+}
+
+// accuse notes a reference that a manifest names itself. Called with mu held.
+func (c *catalog) accuse(ref string) {
+	if ref == "" {
+		return
+	}
+	if len(c.forged) >= maxHints {
+		c.suspect = true
+		return
+	}
+	c.forged[ref] = struct{}{}
+}
+
+// honest says whether a reference learned from a snapshot's labels can only have
+// come from containerd.
+func (c *catalog) honest(ref string) bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	_, forged := c.forged[ref]
+	return !forged && !c.suspect
 }
 
 func readDocument(ctx context.Context, blobs Blobs, d digest.Digest) (*document, error) {

@@ -118,6 +118,9 @@ func (p *Puller) end(img *image) {
 		"duration": img.left.Sub(img.started).Round(time.Millisecond),
 	})
 	failure := img.failure
+	if p.images[img.key] == nil {
+		p.hints.forget(img.key.namespace, img.key.manifest)
+	}
 	p.mu.Unlock()
 	for _, h := range handles {
 		closeHandle(h)

@@ -82,6 +82,16 @@ func (h *hints) ref(namespace string, m digest.Digest) string {
 	return h.refs[hintKey{namespace, m}]
 }
 
+// forget drops what was learned for a pull that is over: the next one may come
+// from another port.
+func (h *hints) forget(namespace string, m digest.Digest) {
+	key := hintKey{namespace, m}
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	delete(h.refs, key)
+	h.old = slices.DeleteFunc(h.old, func(k hintKey) bool { return k == key })
+}
+
 // anyRef is ref for whoever does not know the namespace: an empty one is any.
 func (h *hints) anyRef(namespace string, m digest.Digest) string {
 	if namespace != "" {
@@ -105,7 +115,9 @@ func (p *Puller) origins(ctx context.Context, namespace string, m *manifest) ([]
 	if err != nil {
 		return nil, fmt.Errorf("where manifest %s came from: %w", m.digest, err)
 	}
-	hint, hinted := parseRef(p.hints.ref(namespace, m.digest))
+	ref := p.hints.ref(namespace, m.digest)
+	hint, hinted := parseRef(ref)
+	hinted = hinted && p.catalog.honest(ref)
 	var found []origin
 	for _, key := range slices.Sorted(maps.Keys(labels)) {
 		hostname, ok := strings.CutPrefix(key, distributionSource)

@@ -5,6 +5,7 @@ import (
 	"bytes"
 	"compress/gzip"
 	"context"
+	"errors"
 	"fmt"
 	"math/rand/v2"
 	"net/http"
@@ -327,6 +328,70 @@ func TestForgedLabelsOpenNoConnection(t *testing.T) {
 	// Another namespace's record does not count.
 	if err := f.take(t, "other", l); !errdefs.IsNotFound(err) {
 		t.Errorf("other namespace: want ErrNotFound, got %v", err)
+	}
+}
+
+// The host is the one that containerd recorded, the port is the image's own idea.
+func TestForgedPortOpensNoConnection(t *testing.T) {
+	t.Parallel()
+	f := newFixture(t, false)
+	trap := httptest.NewServer(http.HandlerFunc(func(_ http.ResponseWriter, r *http.Request) {
+		t.Errorf("a forged port made gantry ask for %s", r.URL)
+	}))
+	defer trap.Close()
+	forged := strings.TrimPrefix(trap.URL, "http://") + "/test/image:latest"
+	l, id := f.addLayer(t, 1, 1000)
+	victim := putImage(t, f.images, []ocispec.Descriptor{l}, []digest.Digest{id})
+	f.pulled("default", victim, "127.0.0.1", "test/image")
+	// Another image names the victim's manifest and a port in its annotations,
+	// which a client that unpacks by itself passes on as labels.
+	evil := l
+	evil.Annotations = map[string]string{
+		snapshotters.TargetRefLabel: forged, snapshotters.TargetManifestDigestLabel: victim.String(),
+	}
+	f.pulled("default", putImage(t, f.images, []ocispec.Descriptor{evil}, []digest.Digest{id}), "127.0.0.1", "evil/image")
+	f.Prepared("default", "extract", evil.Annotations)
+	f.Start(t.Context(), f.images)
+	if err := f.take(t, "default", l); err == nil {
+		t.Error("want no transfer: nothing listens where the image may have come from")
+	}
+}
+
+func TestManifestOfTooManyLayersMakesAllLabelsSuspect(t *testing.T) {
+	t.Parallel()
+	m := &memory{}
+	c := startCatalog(t, m)
+	putImage(t, m, slices.Repeat([]ocispec.Descriptor{layerOf("l")}, maxLayers+1), nil)
+	for d := range m.blobs {
+		c.announce(d, 100)
+	}
+	if err := c.settle(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if c.honest("registry.example:5000/a:b") {
+		t.Error("a reference counts although a manifest that was not read may have named it")
+	}
+}
+
+func TestHintEndsWithItsPull(t *testing.T) {
+	t.Parallel()
+	f := newFixture(t, false)
+	l, id := f.addLayer(t, 1, 1000)
+	m := f.addImage(t, "default", []ocispec.Descriptor{l}, []digest.Digest{id})
+	f.Start(t.Context(), f.images)
+	w, err := f.Fetch(t.Context(), request("default", l))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := errors.Join(w.Wait(t.Context()), w.Close()); err != nil {
+		t.Fatal(err)
+	}
+	if f.hints.ref("default", m) == "" {
+		t.Error("the reference went before the pull")
+	}
+	f.end(w.(*waiter).image) // as after the grace period
+	if ref := f.hints.ref("default", m); ref != "" {
+		t.Errorf("the reference %s outlives its pull", ref)
 	}
 }
 
