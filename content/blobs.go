@@ -343,7 +343,7 @@ func (s *Store) algorithmFolder(dir string) error {
 	if err != nil {
 		return err
 	}
-	return syncDir(filepath.Dir(dir))
+	return s.syncFolder(filepath.Dir(dir))
 }
 
 // settleFolder makes the entry of a placed or held blob durable. It does nothing
@@ -356,7 +356,7 @@ func (s *Store) settleFolder(d digest.Digest) error {
 	if done {
 		return nil
 	}
-	if err := syncDir(filepath.Dir(s.blobPath(d))); err != nil {
+	if err := s.syncFolder(filepath.Dir(s.blobPath(d))); err != nil {
 		return err
 	}
 	s.mu.Lock()

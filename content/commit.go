@@ -33,7 +33,7 @@ func (s *Session) stage(d digest.Digest) error {
 		return err
 	}
 	if !held {
-		if err := errors.Join(f.Sync(), f.Chmod(0o444)); err != nil {
+		if err := errors.Join(s.store.syncFile(f), f.Chmod(0o444)); err != nil {
 			return fmt.Errorf("blob %s: %w", d, err)
 		}
 	}

@@ -359,7 +359,7 @@ func (s *Session) sync() error {
 	if s.file == nil || s.unsynced == 0 {
 		return nil
 	}
-	if err := s.file.Sync(); err != nil {
+	if err := s.store.syncFile(s.file); err != nil {
 		return fmt.Errorf("write ref %q: %w", s.ing.ref, err)
 	}
 	s.unsynced = 0

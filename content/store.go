@@ -94,6 +94,7 @@ type Store struct {
 	root     string
 	fetcher  Fetcher
 	observer Observer
+	onSync   func(path string) // tests see here what is made durable, and when
 
 	// files serialises changes of blobs/. It comes before mu.
 	files sync.Mutex
@@ -134,6 +135,22 @@ func (s *Store) committed(namespace string, d digest.Digest, size int64) {
 	if s.observer != nil {
 		s.observer.Committed(namespace, d, size)
 	}
+}
+
+// syncFile makes the data of f durable.
+func (s *Store) syncFile(f *os.File) error {
+	if s.onSync != nil {
+		s.onSync(f.Name())
+	}
+	return f.Sync()
+}
+
+// syncFolder makes the entries of a folder durable.
+func (s *Store) syncFolder(path string) error {
+	if s.onSync != nil {
+		s.onSync(path)
+	}
+	return syncDir(path)
 }
 
 func syncDir(path string) error {

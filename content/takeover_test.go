@@ -59,6 +59,42 @@ func TestTakeover(t *testing.T) {
 }
 
 // A second namespace: everything is there, COMMIT says so.
+// All bytes were there when the client came back: its COMMIT says offset 0, because
+// it wrote nothing, and must say what it takes them for.
+func TestCommitOfWhatWasThere(t *testing.T) {
+	t.Parallel()
+	data, d := randomBytes(t, 5000)
+	for name, tt := range map[string]struct {
+		total    int64
+		expected digest.Digest
+		err      error
+	}{
+		"right":        {5000, d, nil},
+		"no digest":    {5000, "", errdefs.ErrFailedPrecondition},
+		"other digest": {5000, digest.FromString("other"), errdefs.ErrFailedPrecondition},
+		"other total":  {4999, d, errdefs.ErrFailedPrecondition},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			s := newStore(t, t.TempDir(), Options{Fetcher: &fakeFetcher{transfer: newTransfer(t, data).finish()}})
+			w := open(t, s, layerRef(d), 5000)
+			mustStatus(t, w, 5000)
+			if err := w.Close(); err != nil {
+				t.Fatal(err)
+			}
+			w = open(t, s, layerRef(d), 5000)
+			if st := w.Stat(); st.Offset != 5000 {
+				t.Fatalf("first STAT %d, wanted 5000", st.Offset)
+			}
+			_, err := w.Commit(t.Context(), 0, tt.total, tt.expected, nil)
+			if !is(err, tt.err) {
+				t.Fatalf("commit: %v, wanted %v", err, tt.err)
+			}
+			wantBlob(t, s, data, tt.err == nil)
+		})
+	}
+}
+
 func TestTakeoverOfWhatIsShown(t *testing.T) {
 	t.Parallel()
 	data, d := randomBytes(t, 5000)

@@ -6,6 +6,7 @@ import (
 	"compress/gzip"
 	"context"
 	"encoding/json"
+	"fmt"
 	"net"
 	"net/http"
 	"net/http/httptest"
@@ -255,5 +256,54 @@ func TestContentSharing(t *testing.T) {
 				t.Errorf("guest: apply: %v", err)
 			}
 		})
+	}
+}
+
+// containerd opens a stream for every layer of every pull over one connection, and
+// each may wait for its transfer: none may hold up another, or a short call.
+func TestManyStreamsAtOnce(t *testing.T) {
+	t.Parallel()
+	c := testConfig(t, "")
+	run(t, c)
+	client := contentapi.NewContentClient(dial(t, c.Address))
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	for i := range 300 {
+		stream, err := client.Write(ctx)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := stream.Send(&contentapi.WriteContentRequest{Action: contentapi.WriteAction_STAT, Ref: fmt.Sprint("ref-", i)}); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := stream.Recv(); err != nil {
+			t.Fatalf("stream %d beside %d others: %v", i, i, err)
+		}
+	}
+	reply, err := client.ListStatuses(ctx, &contentapi.ListStatusesRequest{})
+	if err != nil || len(reply.GetStatuses()) != 300 {
+		t.Errorf("%d ingests, %v, want 300", len(reply.GetStatuses()), err)
+	}
+}
+
+// A message may have 16 MiB, far more than gRPC takes by itself.
+func TestLargeMessage(t *testing.T) {
+	t.Parallel()
+	c := testConfig(t, "")
+	run(t, c)
+	client := contentapi.NewContentClient(dial(t, c.Address))
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	stream, err := client.Write(ctx)
+	if err != nil {
+		t.Fatal(err)
+	}
+	const size = maxMessage - 1<<10
+	req := &contentapi.WriteContentRequest{Action: contentapi.WriteAction_WRITE, Ref: "large", Data: make([]byte, size)}
+	if err := stream.Send(req); err != nil {
+		t.Fatal(err)
+	}
+	if reply, err := stream.Recv(); err != nil || reply.GetOffset() != size {
+		t.Errorf("a WRITE of %d bytes: offset %d, %v", size, reply.GetOffset(), err)
 	}
 }

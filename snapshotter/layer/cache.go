@@ -67,6 +67,7 @@ type Cache struct {
 	root   string
 	tables *tableCache
 	prefix int
+	onSync func(path string) // tests see here what is made durable, and when
 
 	mu   sync.Mutex // held while a layer file gets its name or loses it
 	pins map[digest.Digest]int
@@ -156,6 +157,7 @@ func (c *Cache) publish(f *os.File, l *Layer) (err error) {
 		if err := f.Chmod(0o600); err != nil {
 			return err
 		}
+		c.syncing(f.Name())
 		if err := f.Sync(); err != nil {
 			return fmt.Errorf("sync layer file: %w", err)
 		}
@@ -166,7 +168,14 @@ func (c *Cache) publish(f *os.File, l *Layer) (err error) {
 			return err
 		}
 	}
+	c.syncing(c.layerDir())
 	return syncDir(c.layerDir())
+}
+
+func (c *Cache) syncing(path string) {
+	if c.onSync != nil {
+		c.onSync(path)
+	}
 }
 
 func (c *Cache) rename(tmp string, l *Layer) error {

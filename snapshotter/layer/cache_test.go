@@ -10,6 +10,7 @@ import (
 	"math/rand/v2"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -449,6 +450,47 @@ func TestLinkAndSweep(t *testing.T) {
 	}
 	sweep(time.Hour, linked, pinned) // the removed link makes it young
 	sweep(0)
+}
+
+// Data, then name, then folder; the record of a blob after its layer.
+func TestOrderOfDurability(t *testing.T) {
+	t.Parallel()
+	c, err := Open(t.TempDir(), Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	tarball := makeTar(file("f", "data"))
+	d := digest.FromBytes(tarball)
+	blob := digest.FromString("blob")
+	named := func() string {
+		_, err := os.Stat(filepath.Join(c.layerDir(), d.Encoded()))
+		return fmt.Sprintf("layer named %t", err == nil)
+	}
+	var got []string
+	c.onSync = func(path string) {
+		switch filepath.Dir(path) {
+		case c.tmpDir():
+			path = "data"
+		case c.root:
+			path = "folder"
+		default:
+			path = "records"
+			if _, err := os.Lstat(filepath.Join(c.blobDir(digest.SHA256), blob.Encoded())); err != nil {
+				path = "records, without the record"
+			}
+		}
+		got = append(got, path+", "+named())
+	}
+	if _, err := c.Write(t.Context(), bytes.NewReader(tarball), nil); err != nil {
+		t.Fatal(err)
+	}
+	if err := c.Record(blob, d); err != nil {
+		t.Fatal(err)
+	}
+	want := []string{"data, layer named false", "folder, layer named true", "records, layer named true"}
+	if !slices.Equal(got, want) {
+		t.Errorf("made durable %q, want %q", got, want)
+	}
 }
 
 func TestLimits(t *testing.T) {

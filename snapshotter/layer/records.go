@@ -59,6 +59,7 @@ func (c *Cache) Record(blob, diffID digest.Digest) error {
 	if err := os.Rename(tmp, link); err != nil {
 		return errors.Join(fmt.Errorf("record of blob %s: %w", blob, err), os.Remove(tmp))
 	}
+	c.syncing(dir)
 	return syncDir(dir)
 }
 
