@@ -18,17 +18,29 @@ import (
 	"github.com/gantryd/gantry/snapshotter/layer"
 )
 
+// readyTries bounds how often somebody else may take a mount away.
+const readyTries = 5
+
 // ready returns when each committed snapshot of a chain (nearest first) shows
 // its layer. It looks at what is there, so a mount that somebody took away is
 // made again. Missing ones are mounted in parallel.
 func (s *Snapshotter) ready(ctx context.Context, chain []string) error {
-	var jobs []*job
-	for i, id := range chain {
-		if !s.isReady(id) {
-			jobs = append(jobs, s.schedule(id, chain[i+1:]))
+	for range readyTries {
+		var jobs []*job
+		for i, id := range chain {
+			if !s.isReady(id) {
+				jobs = append(jobs, s.schedule(id, chain[i+1:]))
+			}
+		}
+		if len(jobs) == 0 {
+			return nil
+		}
+		// A job under way may have looked before the mount went: look again.
+		if err := waitAll(ctx, jobs); err != nil {
+			return err
 		}
 	}
-	return waitAll(ctx, jobs)
+	return fmt.Errorf("layers of snapshots %v are unmounted as soon as they are mounted: %w", chain, errdefs.ErrUnavailable)
 }
 
 func (s *Snapshotter) isReady(id string) bool {

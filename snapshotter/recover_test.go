@@ -1,6 +1,7 @@
 package snapshotter
 
 import (
+	"context"
 	"fmt"
 	"io"
 	"os"
@@ -328,4 +329,19 @@ func writeTestFile(t *testing.T, name string) {
 	if err := os.WriteFile(name, []byte("x"), 0o600); err != nil {
 		t.Fatal(err)
 	}
+}
+
+// The worker's job found the layer mounted; somebody unmounts it before the job
+// ends. Who waits for that job must not see an empty layer.
+func TestReadyLooksAgain(t *testing.T) {
+	r := newRig(t, ModeFile)
+	blob := makeTar(t, reg("a", "a"))
+	top := r.pull(t, unpacks[0], "x", "", blob)
+	id := r.id(t, top)
+	r.show(t, top)
+	release := make(chan struct{})
+	r.work.once(id, func(context.Context) error { <-release; return nil })
+	r.unmountLayers(t)
+	time.AfterFunc(20*time.Millisecond, func() { close(release) })
+	sameTree(t, r.show(t, top), reference(t, nil, blob))
 }
