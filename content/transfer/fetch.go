@@ -85,9 +85,13 @@ func (j *job) workers() int {
 const (
 	chunkMin     = 1 << 20
 	chunkDefault = 8 << 20
+	chunkMax     = 16 << 20
+	// chunkTime is how long a request should bring bytes: long beside the time until its first byte and beside what it
+	// costs the host, short enough that the frontier keeps moving.
+	chunkTime = 500 * time.Millisecond
 )
 
-// chunk is how much one request asks for, in bytes.
+// chunk is how much one of the first requests asks for, in bytes.
 func (j *job) chunk() int64 {
 	if j.opts.ChunkSize > 0 {
 		return j.opts.ChunkSize
@@ -95,6 +99,18 @@ func (j *job) chunk() int64 {
 	// A few chunks for each connection, so that they end together.
 	share := j.blob.Size / int64(4*j.opts.ConnectionsPerHost)
 	return min(max(blockEnd(share), chunkMin), chunkDefault)
+}
+
+// nextChunk is how much the next request asks of a host, in bytes: more of a fast one, since each request costs it
+// time (2 ms of CPU in a registry, whatever the size), but no more than one connection's share of the blob.
+// Called with mu held.
+func (j *job) nextChunk(h *host) int64 {
+	chunk := j.chunk()
+	if j.opts.ChunkSize > 0 || h.pace == 0 {
+		return chunk
+	}
+	share := blockEnd(j.blob.Size / int64(j.opts.ConnectionsPerHost))
+	return max(chunk, min(int64(h.pace*chunkTime.Seconds()), share, chunkMax))
 }
 
 // runAhead is how far beyond the frontier a chunk may start, in bytes.
@@ -226,7 +242,7 @@ func (j *job) begin(src *source) *span {
 	if !j.usable(src) || h.until.After(time.Now()) || (h.ranges != rangesYes && h.conns > 0) {
 		return nil
 	}
-	s := j.ledger.claim(j.chunk(), j.frontier+j.runAhead())
+	s := j.ledger.claim(j.nextChunk(h), j.frontier+j.runAhead())
 	if s == nil {
 		return nil
 	}
@@ -298,7 +314,11 @@ func (j *job) exchange(ctx context.Context, src *source, s *span, buf []byte) (g
 	switch {
 	case body.Off == off && body.N > 0 && body.N <= n:
 		j.learn(src.host, rangesYes, n < j.blob.Size)
-		return j.store(in, s, min(s.end, off+body.N), buf)
+		begun := time.Now()
+		if got, err = j.store(in, s, min(s.end, off+body.N), buf); err == nil {
+			j.paced(src.host, got, time.Since(begun))
+		}
+		return got, err
 	case body.Off == 0 && (body.N < 0 || body.N == j.blob.Size):
 		if !j.learn(src.host, rangesNo, n < j.blob.Size) {
 			return 0, nil // another stream of this host is on its way
@@ -306,6 +326,17 @@ func (j *job) exchange(ctx context.Context, src *source, s *span, buf []byte) (g
 		return j.plain(in, s, buf)
 	}
 	return 0, fmt.Errorf("asked for %d bytes from %d, the reply says %d from %d: %w", n, off, body.N, body.Off, errdefs.ErrFailedPrecondition)
+}
+
+// paced notes how fast a reply's body came.
+func (j *job) paced(h *host, n int64, took time.Duration) {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	pace := float64(n) / max(took, time.Millisecond).Seconds()
+	if h.pace > 0 {
+		pace = (h.pace + pace) / 2
+	}
+	h.pace = pace
 }
 
 // learn notes whether a host honours ranges; false if it does not and one stream of it runs already.

@@ -84,6 +84,7 @@ type host struct {
 	until    time.Time // not to be asked before
 	received int64     // bytes, all generations
 	served   bool      // stored bytes in this generation
+	pace     float64   // of one connection in bytes a second, 0 until a reply was read to its end
 }
 
 type source struct {
