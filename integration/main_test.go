@@ -37,15 +37,15 @@ func run(m *testing.M) int {
 		fmt.Fprintln(os.Stderr, "integration tests mount and run containers: run them as root")
 		return 1
 	}
-	dir, err := os.MkdirTemp("", "gantry-test-")
+	folder, err := harness.NewPrivateFolder()
 	if err != nil {
 		fmt.Fprintln(os.Stderr, err)
 		return 1
 	}
-	defer os.RemoveAll(dir)
+	defer folder.Close()
 	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Minute)
 	defer cancel()
-	if helper, err = harness.BuildHelper(ctx, dir); err != nil {
+	if helper, err = harness.BuildHelper(ctx, folder.Path); err != nil {
 		fmt.Fprintln(os.Stderr, err)
 		return 1
 	}

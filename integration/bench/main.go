@@ -42,19 +42,24 @@ type bench struct {
 	fault  harness.Fault
 	ref    string
 	host   string
+	nodes  []*harness.Node // stopped, to be closed
 }
 
 func (b *bench) run(ctx context.Context) (err error) {
 	if os.Geteuid() != 0 {
 		return errors.New("mounting needs root")
 	}
-	dir, err := os.MkdirTemp("", "gantry-bench-")
+	folder, err := harness.NewPrivateFolder()
 	if err != nil {
 		return err
 	}
 	defer func() {
-		err = errors.Join(err, harness.Sweep(dir))
+		for _, n := range b.nodes {
+			err = errors.Join(err, n.Close())
+		}
+		err = errors.Join(err, folder.Close())
 	}()
+	dir := folder.Path
 	registry, err := harness.StartRegistry(ctx, filepath.Join(dir, "registry"))
 	if err != nil {
 		return err
@@ -144,6 +149,7 @@ func (b *bench) pull(ctx context.Context, kind string) (_ time.Duration, err err
 	if err != nil {
 		return 0, err
 	}
+	b.nodes = append(b.nodes, n)
 	defer func() { err = errors.Join(err, n.Stop()) }()
 	if err := n.AddRegistry("http", b.host); err != nil {
 		return 0, err

@@ -39,7 +39,7 @@ func main() {
 type demo struct {
 	node     *harness.Node
 	registry *harness.Registry
-	dir      string
+	folder   *harness.PrivateFolder
 	ref      string
 	command  []string
 }
@@ -85,19 +85,19 @@ func say(format string, args ...any) {
 // makeImage builds the image of GOROOT and pushes it to a registry of our own.
 func (d *demo) makeImage(ctx context.Context) error {
 	var err error
-	if d.dir, err = os.MkdirTemp("", "gantry-demo-"); err != nil {
+	if d.folder, err = harness.NewPrivateFolder(); err != nil {
 		return err
 	}
 	say("start a registry")
-	if d.registry, err = harness.StartRegistry(ctx, filepath.Join(d.dir, "registry")); err != nil {
+	if d.registry, err = harness.StartRegistry(ctx, filepath.Join(d.folder.Path, "registry")); err != nil {
 		return err
 	}
 	say("make an image of this machine's GOROOT")
-	spec, err := harness.GorootSpec(ctx, d.dir)
+	spec, err := harness.GorootSpec(ctx, d.folder.Path)
 	if err != nil {
 		return err
 	}
-	im, err := harness.Build(ctx, filepath.Join(d.dir, "image"), spec)
+	im, err := harness.Build(ctx, filepath.Join(d.folder.Path, "image"), spec)
 	if err != nil {
 		return err
 	}
@@ -121,8 +121,8 @@ func (d *demo) close() error {
 	if d.registry != nil {
 		errs = append(errs, d.registry.Close())
 	}
-	if d.dir != "" {
-		errs = append(errs, harness.Sweep(d.dir))
+	if d.folder != nil {
+		errs = append(errs, d.folder.Close())
 	}
 	return errors.Join(errs...)
 }

@@ -25,11 +25,11 @@ import (
 // would have been left behind: a daemon that had died, a shim nobody stopped,
 // a mount that was busy. It is gone all the same, as far as that is possible.
 func (n *Node) Close() error {
-	return errors.Join(n.Stop(), Sweep(n.Dir))
+	return errors.Join(n.Stop(), n.folder.Close())
 }
 
 // Stop ends containers, containerd and gantryd and leaves the folder, and what
-// is mounted there, to [Sweep].
+// is mounted there, to Close. A second call does nothing.
 func (n *Node) Stop() error {
 	var errs []error
 	if n.client != nil {
@@ -38,9 +38,11 @@ func (n *Node) Stop() error {
 	}
 	if n.containerd != nil {
 		errs = append(errs, n.containerd.Stop())
+		n.containerd = nil
 	}
 	if n.gantryd != nil {
 		errs = append(errs, n.gantryd.Stop())
+		n.gantryd = nil
 	}
 	return errors.Join(errs...)
 }

@@ -41,6 +41,7 @@ type Node struct {
 	Snapshotter string
 
 	options    Options
+	folder     *PrivateFolder
 	gantryd    *Process
 	containerd *Process
 
@@ -54,12 +55,11 @@ func StartNode(ctx context.Context, o Options) (*Node, error) {
 	if o.Snapshotter == "" {
 		o.Snapshotter = Gantry
 	}
-	// Short: a unix socket's path has room for 107 bytes, an overlay's options for a page.
-	dir, err := os.MkdirTemp("", "gantry-")
+	folder, err := NewPrivateFolder()
 	if err != nil {
 		return nil, err
 	}
-	n := &Node{Dir: dir, Snapshotter: o.Snapshotter, options: o}
+	n := &Node{Dir: folder.Path, Snapshotter: o.Snapshotter, options: o, folder: folder}
 	if err := n.start(ctx); err != nil {
 		return nil, errors.Join(err, n.Close())
 	}
@@ -259,10 +259,17 @@ func output(cmd *exec.Cmd) (string, error) {
 }
 
 // Pull runs `ctr image pull` through the transfer service, or with --local in
-// ctr's own process. Loopback registries are asked over plain HTTP.
+// ctr's own process. Loopback registries are asked over plain HTTP. A pull that
+// hangs is ended after three minutes.
 func (n *Node) Pull(ctx context.Context, namespace, ref string, args ...string) (string, error) {
+	ctx, cancel := context.WithTimeoutCause(ctx, 3*time.Minute, fmt.Errorf("the pull of %s hangs", ref))
+	defer cancel()
 	all := append([]string{"image", "pull", "--snapshotter", n.Snapshotter}, args...)
-	return n.Ctr(ctx, namespace, append(all, ref)...)
+	out, err := n.Ctr(ctx, namespace, append(all, ref)...)
+	if ctx.Err() != nil {
+		err = errors.Join(context.Cause(ctx), err)
+	}
+	return out, err
 }
 
 // Run runs a command in a new container of the image and returns its output.
