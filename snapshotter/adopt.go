@@ -166,13 +166,26 @@ func (s *Snapshotter) adoptTar(ctx context.Context, snap storage.Snapshot, l *la
 		return err
 	}
 	root, err := s.earlyIndex(ctx, snap, l.Table)
-	if err != nil || root == nil {
+	if err != nil {
 		return err
 	}
-	if err := s.writeIndex(id, root, l.Size); err != nil {
+	if root == nil {
+		return s.guessLowest(id, l)
+	}
+	if err := s.writeIndex(s.index(id), id, root, l.Size); err != nil {
 		return err
 	}
 	return s.mountLayer(ctx, id)
+}
+
+// guessLowest writes the index that the layer has if Commit names no parent,
+// under a name of its own: the Prepare that follows then waits for a mount only.
+func (s *Snapshotter) guessLowest(id string, l *layer.Layer) error {
+	root, err := l.Table.Index(nil)
+	if err != nil {
+		return err
+	}
+	return s.writeIndex(s.lowestIndex(id), id, root, l.Size)
 }
 
 // adoptDirectory extracts the layer. Without a known parent the tar stays

@@ -307,3 +307,42 @@ func TestAdoptOddTars(t *testing.T) {
 		}
 	}
 }
+
+// Only Commit says whether a layer is the lowest. Both of its indexes are right,
+// and the one that was made ahead is used where it fits.
+func TestIndexMadeAhead(t *testing.T) {
+	below := makeTar(t, dir("m", 0o2750, 7), reg("m/old", "old"))
+	blob := makeTar(t, reg("m/new", "new"), reg(".wh.gone", ""))
+	for name, lower := range map[string][][]byte{"lowest": nil, "rebased": {below}} {
+		t.Run(name, func(t *testing.T) {
+			r := newRig(t, ModeFile)
+			parent := ""
+			if lower != nil {
+				parent = r.pull(t, unpacks[0], "below", "", below)
+			}
+			mounts, err := r.Prepare(t.Context(), "k", "")
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := r.Adopt(t.Context(), mounts, r.store(t, blob)); err != nil {
+				t.Fatal(err)
+			}
+			ahead, err := os.Stat(r.lowestIndex(r.id(t, "k")))
+			if err != nil {
+				t.Fatal(err)
+			}
+			r.commit(t, "top", "k", parent)
+			sameTree(t, r.show(t, "top"), reference(t, nil, append(lower, blob)...))
+			used, err := os.Stat(r.index(r.id(t, "top")))
+			if err != nil {
+				t.Fatal(err)
+			}
+			if os.SameFile(ahead, used) != (lower == nil) {
+				t.Errorf("the index made ahead is used: %v, want %v", os.SameFile(ahead, used), lower == nil)
+			}
+			if exists(r.lowestIndex(r.id(t, "top"))) {
+				t.Error("the index made ahead is still there")
+			}
+		})
+	}
+}

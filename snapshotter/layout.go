@@ -17,18 +17,19 @@ import (
 // layout knows where the parts of a snapshot lie.
 type layout struct{ root string }
 
-func (l layout) snapshotsDir() string        { return filepath.Join(l.root, "snapshots") }
-func (l layout) mountsDir() string           { return filepath.Join(l.root, "mnt") }
-func (l layout) dir(id string) string        { return filepath.Join(l.root, "snapshots", id) }
-func (l layout) upper(id string) string      { return filepath.Join(l.dir(id), "upper") }
-func (l layout) workdir(id string) string    { return filepath.Join(l.dir(id), "work") }
-func (l layout) layer(id string) string      { return filepath.Join(l.dir(id), "layer") }
-func (l layout) index(id string) string      { return filepath.Join(l.dir(id), "index") }
-func (l layout) record(id string) string     { return filepath.Join(l.dir(id), "diffid") }
-func (l layout) pending(id string) string    { return filepath.Join(l.dir(id), "pending") }
-func (l layout) extracting(id string) string { return filepath.Join(l.dir(id), "extracting") }
-func (l layout) usage(id string) string      { return filepath.Join(l.dir(id), "usage") }
-func (l layout) mountpoint(id string) string { return filepath.Join(l.root, "mnt", id) }
+func (l layout) snapshotsDir() string         { return filepath.Join(l.root, "snapshots") }
+func (l layout) mountsDir() string            { return filepath.Join(l.root, "mnt") }
+func (l layout) dir(id string) string         { return filepath.Join(l.root, "snapshots", id) }
+func (l layout) upper(id string) string       { return filepath.Join(l.dir(id), "upper") }
+func (l layout) workdir(id string) string     { return filepath.Join(l.dir(id), "work") }
+func (l layout) layer(id string) string       { return filepath.Join(l.dir(id), "layer") }
+func (l layout) index(id string) string       { return filepath.Join(l.dir(id), "index") }
+func (l layout) lowestIndex(id string) string { return filepath.Join(l.dir(id), "index.lowest") }
+func (l layout) record(id string) string      { return filepath.Join(l.dir(id), "diffid") }
+func (l layout) pending(id string) string     { return filepath.Join(l.dir(id), "pending") }
+func (l layout) extracting(id string) string  { return filepath.Join(l.dir(id), "extracting") }
+func (l layout) usage(id string) string       { return filepath.Join(l.dir(id), "usage") }
+func (l layout) mountpoint(id string) string  { return filepath.Join(l.root, "mnt", id) }
 
 // isTar says whether the snapshot is a tar layer; otherwise it is a directory.
 func (l layout) isTar(id string) bool { return exists(l.layer(id)) }

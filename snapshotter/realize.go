@@ -118,10 +118,10 @@ func (s *Snapshotter) realize(ctx context.Context, id string, parents []string) 
 	return s.tidy(id)
 }
 
-// tidy removes the directories that a tar layer has no use for once it is
-// committed. One that is not empty stays: it is no layer's content.
+// tidy removes what a tar layer has no use for once it is committed. A directory
+// that is not empty stays: it is no layer's content.
 func (s *Snapshotter) tidy(id string) error {
-	for _, d := range []string{s.upper(id), s.workdir(id)} {
+	for _, d := range []string{s.upper(id), s.workdir(id), s.lowestIndex(id)} {
 		if err := removeFile(d); err != nil && !errors.Is(err, unix.ENOTEMPTY) && !errors.Is(err, unix.EBUSY) {
 			return err
 		}
@@ -131,6 +131,12 @@ func (s *Snapshotter) tidy(id string) error {
 
 // ensureIndex verifies the index, and makes it again from the tar if need be.
 func (s *Snapshotter) ensureIndex(ctx context.Context, id string, parents []string) error {
+	if len(parents) == 0 && !exists(s.index(id)) {
+		// Adopt guessed that nothing would come below.
+		if err := os.Rename(s.lowestIndex(id), s.index(id)); err != nil && !errors.Is(err, iofs.ErrNotExist) {
+			return err
+		}
+	}
 	err := verifyIndex(s.index(id))
 	if err == nil {
 		return nil
@@ -150,7 +156,7 @@ func (s *Snapshotter) ensureIndex(ctx context.Context, id string, parents []stri
 	if err != nil {
 		return err
 	}
-	return s.writeIndex(id, root, a.size)
+	return s.writeIndex(s.index(id), id, root, a.size)
 }
 
 func verifyIndex(name string) error {
@@ -167,13 +173,13 @@ func verifyIndex(name string) error {
 }
 
 // writeIndex needs no fsync: the index is checked before each mount.
-func (s *Snapshotter) writeIndex(id string, root *erofs.Inode, size int64) error {
+func (s *Snapshotter) writeIndex(name, id string, root *erofs.Inode, size int64) error {
 	l, err := os.Open(s.layer(id))
 	if err != nil {
 		return err
 	}
 	defer l.Close()
-	return writeFile(s.index(id), false, func(w io.Writer) error {
+	return writeFile(name, false, func(w io.Writer) error {
 		return erofs.Write(w, root, erofs.Device{ReaderAt: l, Size: size})
 	})
 }

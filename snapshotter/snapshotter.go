@@ -15,6 +15,7 @@
 //	snapshots/<id>/layer        adopted: the tar (hard link)
 //	snapshots/<id>/diffid       adopted: digest and size of the tar
 //	snapshots/<id>/index        derived from the tar, with a checksum; never synced
+//	snapshots/<id>/index.lowest the same, in case Commit names no parent
 //	snapshots/<id>/pending      extracted before the parent was known (hard link to the tar)
 //	snapshots/<id>/extracting   marks an extraction under way
 //	snapshots/<id>/usage        blocks and inodes of a directory layer
