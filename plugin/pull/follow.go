@@ -23,7 +23,8 @@ var errRestart = errors.New("bytes below the reader were fetched anew")
 // transfer stopped, which has the transfer's bytes too.
 type follower struct {
 	u       *unpack
-	workers *semaphore.Weighted // one is held while the follower is read
+	workers *semaphore.Weighted
+	working bool // a worker is held: while the follower is read
 	off     int64
 	err     error // why the bytes ended early, for explain
 	lost    error // why the last source failed
@@ -77,14 +78,32 @@ func (f *follower) readAt(ctx context.Context, source byteSource, p []byte) (int
 	return n, err
 }
 
-// idle gives the worker back while wait runs. An error of getting one again takes
-// precedence.
+// work waits for a worker, rest gives it back.
+func (f *follower) work(ctx context.Context) error {
+	if err := f.workers.Acquire(ctx, 1); err != nil {
+		return context.Cause(ctx)
+	}
+	f.working = true
+	return nil
+}
+
+func (f *follower) rest() {
+	if f.working {
+		f.working = false
+		f.workers.Release(1)
+	}
+}
+
+// idle gives the worker back, if the follower has one, while wait runs. When it
+// cannot have one again because ctx ended, that is the error.
 func (f *follower) idle(ctx context.Context, wait func() error) error {
-	f.workers.Release(1)
+	if !f.working {
+		return wait()
+	}
+	f.rest()
 	err := wait()
-	// The worker is held again in any case: whoever acquired it gives it back.
-	if aerr := f.workers.Acquire(context.WithoutCancel(ctx), 1); aerr != nil {
-		return aerr
+	if werr := f.work(ctx); werr != nil {
+		return werr
 	}
 	return err
 }
@@ -157,7 +176,7 @@ func (f *follower) verified(ctx context.Context) error {
 		if err != nil {
 			return err
 		}
-		if err = f.idle(ctx, func() error { return source.Verified(ctx) }); err == nil {
+		if err = source.Verified(ctx); err == nil {
 			return nil
 		}
 		if err := f.give(ctx, source, err); err != nil {

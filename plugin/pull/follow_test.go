@@ -3,6 +3,7 @@ package pull
 import (
 	"archive/tar"
 	"bytes"
+	"context"
 	"fmt"
 	"net/http"
 	"testing"
@@ -99,5 +100,48 @@ func TestWrongBytesAreNotVouchedForByTheNextSource(t *testing.T) {
 	}
 	if got, err := f.layers.Lookup(l.Digest); err != nil || got != l.Digest {
 		t.Errorf("on record: want DiffID %s, got %s, %v", l.Digest, got, err)
+	}
+}
+
+// slowToVouch has all bytes, and vouches for them when it is told to.
+type slowToVouch struct {
+	localSource
+	vouch chan struct{}
+}
+
+func (s slowToVouch) Verified(ctx context.Context) error {
+	select {
+	case <-s.vouch:
+		return nil
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
+}
+
+func TestVerifyingNeedsNoWorker(t *testing.T) {
+	t.Parallel()
+	f := newFixture(t, false)
+	l, id := f.addLayer(t, 1, 1000)
+	f.images.put(t, f.blobs[l.Digest])
+	f.Start(t.Context(), f.images)
+	ra, err := f.images.ReaderAt(t.Context(), l)
+	if err != nil {
+		t.Fatal(err)
+	}
+	s := slowToVouch{localSource{ra}, make(chan struct{})}
+	u, err := f.unpack(t.Context(), f.unpackKey("default", l.Digest, l.Size), func() (byteSource, error) { return s, nil })
+	if err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "the layer to be written", func() bool { return u.phase.Load() == phaseVerifying })
+	if err := f.workers.Acquire(t.Context(), 2); err != nil { // all there are
+		t.Fatal(err)
+	}
+	defer f.workers.Release(2)
+	close(s.vouch)
+	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+	defer cancel()
+	if got, err := u.wait(ctx); err != nil || got.DiffID != id {
+		t.Errorf("want the layer although all workers are busy, got %v, %v", got, err)
 	}
 }

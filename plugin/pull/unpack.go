@@ -278,11 +278,6 @@ func (p *Puller) run(ctx context.Context, u *unpack) {
 }
 
 func (p *Puller) produce(ctx context.Context, u *unpack) (*layer.Layer, error) {
-	if err := p.workers.Acquire(ctx, 1); err != nil {
-		return nil, context.Cause(ctx)
-	}
-	defer p.workers.Release(1)
-	since(u.started, &u.times.queued)
 	var lost error
 	for range maxRestarts {
 		f := &follower{u: u, workers: p.workers, lost: lost}
@@ -301,8 +296,14 @@ func (p *Puller) produce(ctx context.Context, u *unpack) (*layer.Layer, error) {
 	return nil, fmt.Errorf("gave up after %d restarts: %w", maxRestarts, errors.Join(errNoBytes, lost))
 }
 
-// write turns the followed bytes into a layer file.
+// write turns the followed bytes into a layer file, with a worker.
 func (p *Puller) write(ctx context.Context, u *unpack, f *follower) (*layer.Layer, error) {
+	queued := time.Now()
+	if err := f.work(ctx); err != nil {
+		return nil, err
+	}
+	defer f.rest()
+	since(queued, &u.times.queued)
 	u.phase.Store(phaseUnpacking)
 	u.read.Store(0)
 	u.written.Store(0)
