@@ -257,14 +257,14 @@ type broken struct{}
 
 func (broken) ReadAt([]byte, int64) (int, error) { return 0, unix.EIO }
 
-func TestSupportedXattr(t *testing.T) {
+func TestXattrNamespaces(t *testing.T) {
 	t.Parallel()
 	for name, want := range map[string]bool{
 		"user.a": true, "trusted.overlay.opaque": true, "security.capability": true, "system.posix_acl_access": true,
 		"system.posix_acl_default": true, "system.posix_acl_other": false, "user": false, "user.": false, "": false, "com.apple.x": false,
 	} {
-		if got := SupportedXattr(name); got != want {
-			t.Errorf("SupportedXattr(%q) = %t, want %t", name, got, want)
+		if _, _, got := splitXattr(name); got != want {
+			t.Errorf("splitXattr(%q): %t, want %t", name, got, want)
 		}
 	}
 }

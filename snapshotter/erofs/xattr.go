@@ -13,15 +13,9 @@ const (
 	maxXattrValue = 1<<16 - 1
 )
 
-// SupportedXattr says whether an image can hold an extended attribute of that
-// name: the namespaces user, trusted and security, and the two POSIX ACLs.
-// Write fails for any other.
-func SupportedXattr(name string) bool {
-	_, _, ok := splitXattr(name)
-	return ok
-}
-
-// splitXattr cuts off the prefix that the format stores as a number.
+// splitXattr cuts off the prefix that the format stores as a number. It knows
+// the namespaces user, trusted and security and the two POSIX ACLs; Write fails
+// for any other.
 func splitXattr(name string) (index byte, suffix string, ok bool) {
 	if len(name) > maxXattrName || strings.IndexByte(name, 0) >= 0 {
 		return 0, "", false
