@@ -160,7 +160,7 @@ func newManager(t testing.TB, root string, o Options) *Manager {
 
 func join(t testing.TB, m *Manager, b Blob, srcs ...Source) *Handle {
 	t.Helper()
-	h, err := m.Join(t.Context(), b, srcs...)
+	h, err := m.Join(t.Context(), "", b, srcs...)
 	if err != nil {
 		t.Fatal(err)
 	}

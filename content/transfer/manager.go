@@ -146,8 +146,9 @@ func (b Blob) validate() error {
 
 // Join waits for a blob together with all who want it: it starts the transfer, or offers one under way more sources. It
 // never waits itself. ctx lends its values to the log and does not bound the transfer; Close of the Handle ends it.
-// Sources are asked in the order given. Without sources only what is on disk already can complete the blob.
-func (m *Manager) Join(ctx context.Context, b Blob, sources ...Source) (*Handle, error) {
+// Sources are asked in the order given. Without sources only what is on disk already can complete the blob. image is
+// whatever names the image that the blob is wanted for: connections are shared out fairly between images.
+func (m *Manager) Join(ctx context.Context, image string, b Blob, sources ...Source) (*Handle, error) {
 	if err := b.validate(); err != nil {
 		return nil, err
 	}

@@ -455,7 +455,7 @@ func TestJoinRefuses(t *testing.T) {
 		"huge size":     {Digest: b.Digest, Size: maxBlobSize + 1},
 		"sha512":        {Digest: digest.SHA512.FromString("x"), Size: 1},
 	} {
-		if _, err := m.Join(t.Context(), bad); err == nil {
+		if _, err := m.Join(t.Context(), "", bad); err == nil {
 			t.Errorf("%s: accepted", name)
 		}
 	}
@@ -469,7 +469,7 @@ func TestJoinRefuses(t *testing.T) {
 	if err := m.Close(); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := m.Join(t.Context(), b); !errors.Is(err, errClosed) {
+	if _, err := m.Join(t.Context(), "", b); !errors.Is(err, errClosed) {
 		t.Errorf("after close: %v", err)
 	}
 }

@@ -52,7 +52,7 @@ func (p *Puller) enter(ctx context.Context, key imageKey, m *manifest, origins [
 	if err != nil {
 		return nil, err
 	}
-	h, err := p.join(ctx, key.namespace, transfer.Blob{Digest: req.Digest, Size: req.Size}, origins)
+	h, err := p.join(ctx, key, transfer.Blob{Digest: req.Digest, Size: req.Size}, origins)
 	if err != nil {
 		p.leave(img)
 		return nil, err
@@ -166,7 +166,7 @@ func (p *Puller) startAhead(ctx context.Context, img *image, m *manifest, origin
 	if _, err := p.blobs.Info(ctx, b.Digest); err == nil && !p.isolated {
 		return nil // there already
 	}
-	h, err := p.join(ctx, img.key.namespace, b, origins)
+	h, err := p.join(ctx, img.key, b, origins)
 	if err != nil {
 		return err
 	}
@@ -198,7 +198,7 @@ func (p *Puller) follow(ctx context.Context, img *image, m *manifest, d digest.D
 		if err != nil {
 			return nil, err
 		}
-		h, err := t.Join(ctx, transfer.Blob{Digest: d, Size: size})
+		h, err := t.Join(ctx, string(m.digest), transfer.Blob{Digest: d, Size: size})
 		if err != nil {
 			return nil, err
 		}
@@ -221,8 +221,8 @@ func (p *Puller) follow(ctx context.Context, img *image, m *manifest, d digest.D
 }
 
 // join joins or starts a transfer from all hosts of all origins.
-func (p *Puller) join(ctx context.Context, namespace string, b transfer.Blob, origins []origin) (*transfer.Handle, error) {
-	t, err := p.transfers(namespace)
+func (p *Puller) join(ctx context.Context, key imageKey, b transfer.Blob, origins []origin) (*transfer.Handle, error) {
+	t, err := p.transfers(key.namespace)
 	if err != nil {
 		return nil, err
 	}
@@ -238,7 +238,7 @@ func (p *Puller) join(ctx context.Context, namespace string, b transfer.Blob, or
 	if len(sources) == 0 {
 		return nil, fmt.Errorf("no host for %s: %w", b.Digest, errors.Join(append(errs, errdefs.ErrNotFound)...))
 	}
-	return t.Join(ctx, b, sources...)
+	return t.Join(ctx, string(key.manifest), b, sources...)
 }
 
 // reachable leaves out the origins that did not answer a moment ago.

@@ -1,0 +1,79 @@
+package transfer
+
+import (
+	"context"
+	"os"
+	"sync"
+)
+
+// shared is what all transfers of a manager have in common.
+type shared struct {
+	conns   *limiter
+	running chan struct{} // a slot for each running transfer
+
+	mu     sync.Mutex
+	ranges map[string]bool  // hosts known to honour ranges
+	done   map[string]stamp // finished data files by path, verified in this process
+}
+
+// stamp recognises a data file that was verified before.
+type stamp struct {
+	info os.FileInfo
+}
+
+func (s stamp) matches(st os.FileInfo) bool {
+	return s.info != nil && os.SameFile(s.info, st) && s.info.Size() == st.Size() && s.info.ModTime().Equal(st.ModTime())
+}
+
+func (s *shared) enter(ctx context.Context) error {
+	select {
+	case s.running <- struct{}{}:
+		return nil
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
+}
+
+func (s *shared) leave() { <-s.running }
+
+func (s *shared) honoursRanges(host string) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.ranges[host]
+}
+
+func (s *shared) learnRanges(host string, yes bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if yes {
+		s.ranges[host] = true
+	} else {
+		delete(s.ranges, host)
+	}
+}
+
+func (s *shared) remember(path string, f *os.File) {
+	st, err := f.Stat()
+	if err != nil {
+		return
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.done[path] = stamp{info: st}
+}
+
+func (s *shared) remembers(path string, f *os.File) bool {
+	st, err := f.Stat()
+	if err != nil {
+		return false
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.done[path].matches(st)
+}
+
+func (s *shared) forget(path string) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	delete(s.done, path)
+}
