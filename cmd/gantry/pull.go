@@ -42,7 +42,7 @@ Ctrl-C keeps what was fetched; the same command goes on from there. A second Ctr
   --no-containerd   only fetch, also where containerd runs
   --quiet           print nothing but what was pulled: NAME@DIGEST
   --json            print what happens as JSON, one object a line; sizes are in bytes, rates in bytes a second:
-                      {"event": "resolved", ...}  once: name, digest, platform, way (via), number of layers and size
+                      {"event": "resolved", ...}  once: name, digest, platform, way (via: containerd or transfers), layers
                       {"event": "layer", ...}     a layer has changed: digest, phase, size, received, fetched over the
                                                   network by this pull, rate, eta_seconds, ...
                       {"event": "summary", ...}   the last line of a pull that succeeded: everything, with all layers
@@ -170,14 +170,9 @@ type jsonView struct {
 // Lines of --json. What is embedded stands beside event and time.
 type (
 	resolvedLine struct {
-		Event    string    `json:"event"`
-		Time     time.Time `json:"time"`
-		Name     string    `json:"name"`
-		Digest   string    `json:"digest"`
-		Platform string    `json:"platform"`
-		Via      string    `json:"via"` // containerd or transfers
-		Layers   int       `json:"layers"`
-		Size     int64     `json:"size"`
+		Event string    `json:"event"`
+		Time  time.Time `json:"time"`
+		client.State
 	}
 	layerLine struct {
 		Event string    `json:"event"`
@@ -204,7 +199,7 @@ func (v *jsonView) above() io.Writer { return os.Stderr }
 func (v *jsonView) tell(s client.State) {
 	before := phasesOf(v.last)
 	if len(v.last.Layers) == 0 && len(s.Layers) > 0 {
-		v.print(resolvedLine{"resolved", v.now(), s.Name, s.Digest.String(), s.Platform, s.Via, len(s.Layers), sumOf(s).size})
+		v.print(resolvedLine{"resolved", v.now(), s})
 	}
 	for _, l := range s.Layers {
 		if was, ok := before[l.Digest]; ok && sameLayer(was, l) {

@@ -153,7 +153,9 @@ func (s *server) image(t *testing.T, tag string, seed uint64, sizes ...int) (oci
 	return desc, m.Layers
 }
 
-func (s *server) tag(tag string, desc ocispec.Descriptor) { s.documents[tag] = s.documents[desc.Digest.String()] }
+func (s *server) tag(tag string, desc ocispec.Descriptor) {
+	s.documents[tag] = s.documents[desc.Digest.String()]
+}
 
 // node is the configuration of a node without containerd that knows the servers.
 func node(t *testing.T, servers ...*server) *config.Config {
