@@ -1,7 +1,6 @@
 package main
 
 import (
-	"cmp"
 	"fmt"
 	"io"
 	"os"
@@ -76,9 +75,9 @@ func span(d time.Duration) string {
 	case s < 60:
 		return fmt.Sprintf("%ds", s)
 	case s < 3600:
-		return fmt.Sprintf("%dm%02ds", s/60, s%60)
+		return strings.TrimSuffix(fmt.Sprintf("%dm%02ds", s/60, s%60), "00s")
 	}
-	return fmt.Sprintf("%dh%02dm", s/3600, s%3600/60)
+	return strings.TrimSuffix(fmt.Sprintf("%dh%02dm", s/3600, s%3600/60), "00m")
 }
 
 // portion prints part and whole in the unit of the whole, in at most 17 columns.
@@ -135,22 +134,18 @@ func printSummary(w io.Writer, sum *client.Summary, keep time.Duration) error {
 
 // result says what a pull has brought.
 func result(sum *client.Summary, keep time.Duration) string {
-	text := fmt.Sprintf("%s\n%s in %s, %s fetched in %s (%s), %s\n", sum.Canonical(), amount(sum.Size), count(len(sum.Layers), "layer"),
-		amount(sum.Fetched), seconds(sum.Seconds), cmp.Or(rateOrNothing(sum.Rate), "nothing to fetch"), way(sum.Via))
+	fetched := "nothing fetched in " + seconds(sum.Seconds)
+	if sum.Fetched > 0 {
+		fetched = fmt.Sprintf("%s fetched in %s (%s)", amount(sum.Fetched), seconds(sum.Seconds), rate(sum.Rate))
+	}
+	text := fmt.Sprintf("%s\n%s in %s, %s, %s\n", sum.Canonical(), amount(sum.Size), count(len(sum.Layers), "layer"), fetched, way(sum.Via))
 	switch {
 	case sum.Via == client.ViaTransfers:
-		text += fmt.Sprintf("kept in %s for %s: a pull through containerd takes the layers from there\n", sum.Folder, keep)
+		text += fmt.Sprintf("kept in %s for %s: a pull through containerd takes the layers from there\n", sum.Folder, span(keep))
 	case !sum.Unpacked:
 		text += fmt.Sprintf("not unpacked: containerd unpacks no images for %s here\n", sum.Platform)
 	}
 	return text
-}
-
-func rateOrNothing(r float64) string {
-	if r <= 0 {
-		return ""
-	}
-	return rate(r)
 }
 
 func count(n int, what string) string {
