@@ -2,8 +2,10 @@ package integration
 
 import (
 	"bytes"
+	"encoding/base64"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"net/http"
 	"os"
 	"os/exec"
@@ -184,6 +186,33 @@ func TestPullCommandInterrupted(t *testing.T) {
 	}
 }
 
+// TestPullCommandFails has one layer missing, which is known only when the others are complete. They are kept for the
+// next pull, though containerd's garbage collection comes between.
+func TestPullCommandFails(t *testing.T) {
+	needGantry(t)
+	n, r, p := setup(t, harness.Options{})
+	im, ref := push(t, r, p.Host(), "fails", small(37, 4<<20))
+	missing := im.Layers[1].Digest
+	p.SetRule(func(r *http.Request) *harness.Fault {
+		if !strings.HasSuffix(r.URL.Path, missing.String()) {
+			return nil
+		}
+		return &harness.Fault{Latency: time.Second, Status: http.StatusNotFound}
+	})
+	if _, err := n.GantryCLI(t.Context(), "pull", ref); err == nil || !strings.Contains(err.Error(), missing.String()) ||
+		!strings.Contains(err.Error(), "what was fetched is kept in ") {
+		t.Errorf("got %v, want the missing layer named, and what is kept", err)
+	}
+	p.SetRule(nil)
+	if _, err := n.Ctr(t.Context(), "default", "content", "prune", "references"); err != nil {
+		t.Fatal(err)
+	}
+	if s := gantryPull(t, n, ref); !s.Unpacked || s.Fetched > im.Layers[1].Size {
+		t.Errorf("got %+v, want only the layer that was missing fetched", s)
+	}
+	checkBlobBytes(t, p, im, 1)
+}
+
 // waitFor polls until it is true.
 func waitFor(t *testing.T, what func() bool) {
 	t.Helper()
@@ -196,6 +225,32 @@ func waitFor(t *testing.T, what func() bool) {
 		case <-deadline:
 			t.Fatal("it did not come to that")
 		}
+	}
+}
+
+// TestPullCommandLogin pulls from a registry that wants a login, which docker's config.json holds: containerd asks the
+// command for it, gantryd and the command read it themselves.
+func TestPullCommandLogin(t *testing.T) {
+	needGantry(t)
+	file := filepath.Join(t.TempDir(), "config.json")
+	n, r, p := setup(t, harness.Options{GantryExtra: fmt.Sprintf("credentials = %q\n", file)})
+	im, ref := push(t, r, p.Host(), "login", small(35, 4<<20))
+	p.SetRule(func(*http.Request) *harness.Fault { return &harness.Fault{Login: "me:secret"} })
+	for _, way := range []string{"--no-containerd", "--no-containerd=false"} {
+		if _, err := n.GantryCLI(t.Context(), "pull", way, ref); err == nil || !strings.Contains(err.Error(), ref) {
+			t.Errorf("got %v without a login, want an error about %s", err, ref)
+		}
+	}
+	login := base64.StdEncoding.EncodeToString([]byte("me:secret"))
+	if err := os.WriteFile(file, fmt.Appendf(nil, `{"auths": {%q: {"auth": %q}}}`, p.Host(), login), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if s := gantryPull(t, n, ref); !s.Unpacked || s.Fetched != im.Size() {
+		t.Errorf("got %+v, want all of it fetched and unpacked", s)
+	}
+	_, ref = push(t, r, p.Host(), "login", small(36, 4<<20))
+	if s := gantryPull(t, n, "--no-containerd", ref); s.Via != "transfers" || s.Fetched == 0 {
+		t.Errorf("got %+v, want the new layers fetched", s)
 	}
 }
 

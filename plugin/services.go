@@ -24,6 +24,7 @@ import (
 	"github.com/gantryd/gantry/plugin/config"
 	"github.com/gantryd/gantry/plugin/contentservice"
 	"github.com/gantryd/gantry/plugin/pull"
+	"github.com/gantryd/gantry/plugin/setup"
 	"github.com/gantryd/gantry/plugin/status"
 	"github.com/gantryd/gantry/snapshotter"
 	"github.com/gantryd/gantry/snapshotter/differ"
@@ -101,16 +102,7 @@ func initTransfers(ic *cplugin.InitContext) (any, error) {
 }
 
 func initRegistry(ic *cplugin.InitContext) (any, error) {
-	c := configOf(ic).Registry
-	credentials, err := registry.DockerCredentials(c.Credentials)
-	if err != nil {
-		return nil, err
-	}
-	return registry.New(registry.Options{
-		ConfigPath:  c.ConfigPath,
-		UserAgent:   "gantry/" + config.Version,
-		Credentials: credentials,
-	}), nil
+	return setup.Registry(configOf(ic))
 }
 
 func initPull(ic *cplugin.InitContext) (any, error) {

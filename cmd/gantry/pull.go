@@ -120,10 +120,12 @@ func viewFor(c *config.Config, stdout io.Writer, quiet, asJSON bool) view {
 func warnings(ctx context.Context, w io.Writer) *log.Entry {
 	l := logrus.New()
 	l.SetOutput(untilEnd(func(p []byte) (int, error) {
-		if ctx.Err() != nil {
+		select {
+		case <-ctx.Done():
 			return len(p), nil
+		default:
+			return w.Write(p)
 		}
-		return w.Write(p)
 	}))
 	l.SetLevel(logrus.WarnLevel)
 	l.SetFormatter(plainLog{})

@@ -143,7 +143,7 @@ func result(sum *client.Summary, keep time.Duration) string {
 	case sum.Via == client.ViaTransfers:
 		text += fmt.Sprintf("kept in %s for %s: a pull through containerd takes the layers from there\n", sum.Folder, span(keep))
 	case !sum.Unpacked:
-		text += fmt.Sprintf("not unpacked: containerd unpacks no images for %s here\n", sum.Platform)
+		text += "not unpacked: it is for another platform than this host's, or containerd runs without the unpack_config that `gantry config containerd` prints\n"
 	}
 	return text
 }

@@ -25,6 +25,7 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"github.com/gantryd/gantry/plugin/config"
+	"github.com/gantryd/gantry/plugin/setup"
 	"github.com/gantryd/gantry/plugin/status"
 )
 
@@ -134,6 +135,9 @@ func New(c *config.Config, o Options) (*Pull, error) {
 	}
 	return p, nil
 }
+
+// Folder is where partial blobs are kept, and with ViaTransfers whole ones.
+func (p *Pull) Folder() string { return setup.TransferFolder(p.config, p.options.Namespace) }
 
 // Run pulls. An end of ctx leaves what was fetched for the next pull, as every failure does.
 func (p *Pull) Run(ctx context.Context) (*Summary, error) {

@@ -26,6 +26,7 @@ import (
 	"google.golang.org/grpc/credentials/insecure"
 
 	"github.com/gantryd/gantry/plugin/config"
+	"github.com/gantryd/gantry/plugin/setup"
 	"github.com/gantryd/gantry/plugin/status"
 )
 
@@ -59,7 +60,7 @@ func (p *Pull) throughContainerd(ctx context.Context) (_ *Summary, err error) {
 	f := &following{
 		pull: p, state: p.state(ViaContainerd), store: client.ContentStore(),
 		report: func(ctx context.Context) (*status.Report, error) { return status.Get(ctx, gantryd) },
-		events: events{}, seen: map[seenKey]seen{},
+		latest: &status.Report{}, events: events{}, seen: map[seenKey]seen{},
 	}
 	sum, err := p.transfer(ctx, client, f)
 	if err != nil {
@@ -145,7 +146,7 @@ func (p *Pull) pulled(ctx context.Context, client *containerd.Client, f *followi
 
 // source is the registry as containerd is to ask it: by the same hosts files and as the same user as gantry.
 func (p *Pull) source(ctx context.Context) (*cregistry.OCIRegistry, *credentials, error) {
-	lookup, err := p.credentials()
+	lookup, err := setup.Credentials(p.config)
 	if err != nil {
 		return nil, nil, err
 	}

@@ -36,6 +36,7 @@ type following struct {
 	store  ccontent.Provider
 	report func(context.Context) (*status.Report, error)
 	layers []ocispec.Descriptor
+	latest *status.Report
 	seen   map[seenKey]seen
 
 	mu     sync.Mutex // events come on a goroutine of their own
@@ -81,7 +82,9 @@ func (f *following) until(ctx context.Context, ended <-chan error) error {
 		case err := <-ended:
 			return err
 		case <-tick.C:
-			f.pull.tell(f.snapshot(ctx))
+			if ctx.Err() == nil { // else nobody answers
+				f.pull.tell(f.snapshot(ctx))
+			}
 		}
 	}
 }
@@ -125,9 +128,8 @@ func (f *following) snapshot(ctx context.Context) State {
 	defer cancel()
 	// Until the manifest is stored there is none to read; why a pull fails is told by the pull.
 	_ = f.manifest(ctx)
-	r, err := f.report(ctx)
-	if err != nil {
-		r = &status.Report{} // containerd's events go on
+	if r, err := f.report(ctx); err == nil {
+		f.latest = r // else containerd's events go on alone
 	}
 	f.mu.Lock()
 	happened := maps.Clone(f.events)
@@ -135,7 +137,7 @@ func (f *following) snapshot(ctx context.Context) State {
 	s := f.state
 	s.Layers = make([]Layer, 0, len(f.layers))
 	for _, desc := range f.layers {
-		s.Layers = append(s.Layers, f.layer(desc, r, happened[desc.Digest]))
+		s.Layers = append(s.Layers, f.layer(desc, f.latest, happened[desc.Digest]))
 	}
 	return s
 }

@@ -13,6 +13,7 @@ import (
 
 	"github.com/gantryd/gantry/content/registry"
 	"github.com/gantryd/gantry/content/transfer"
+	"github.com/gantryd/gantry/plugin/setup"
 )
 
 // tellEvery is how often progress is told. Twice for each sample of a rate is as much as an eye follows.
@@ -21,12 +22,12 @@ const tellEvery = 200 * time.Millisecond
 // withoutContainerd fetches config and layers in this process and leaves them as finished transfers: in the store of
 // blobs containerd's garbage collection would remove them, as it does not know them yet.
 func (p *Pull) withoutContainerd(ctx context.Context) (_ *Summary, err error) {
-	m, err := p.openTransfers()
+	m, err := transfer.New(p.Folder(), setup.TransferOptions(p.config))
 	if err != nil {
-		return nil, err
+		return nil, fmt.Errorf("open the transfers in %s: %w", p.Folder(), asRoot(err))
 	}
 	defer func() { err = errors.Join(err, m.Close()) }()
-	r, err := p.openRegistry()
+	r, err := setup.Registry(p.config)
 	if err != nil {
 		return nil, err
 	}
@@ -55,7 +56,7 @@ func (p *Pull) withoutContainerd(ctx context.Context) (_ *Summary, err error) {
 
 // resolve asks the registry what the reference stands for.
 func (p *Pull) resolve(ctx context.Context, r *registry.Registry) (target ocispec.Descriptor, image *ocispec.Manifest, err error) {
-	resolver := p.resolver(r)
+	resolver := r.Resolver()
 	name, target, err := resolver.Resolve(ctx, p.named.String())
 	if err != nil {
 		return target, nil, err

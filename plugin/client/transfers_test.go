@@ -3,6 +3,7 @@ package client
 import (
 	"bytes"
 	"context"
+	"encoding/base64"
 	"errors"
 	"net/http"
 	"os"
@@ -247,6 +248,33 @@ func TestBadImages(t *testing.T) {
 	}
 	if sum := mustPull(t, c, Options{Ref: s.ref("good")}); sum.Digest != good.Digest {
 		t.Errorf("got %s, want %s", sum.Digest, good.Digest)
+	}
+}
+
+// TestLogin pulls from a registry that wants to know who asks, for the manifest as for the layers.
+func TestLogin(t *testing.T) {
+	t.Parallel()
+	s := newServer(t)
+	_, layers := s.image(t, "v1", 30, 100_000)
+	s.setFault(func(w http.ResponseWriter, r *http.Request) bool {
+		if user, secret, _ := r.BasicAuth(); user == "me" && secret == "secret" {
+			return false
+		}
+		w.Header().Set("WWW-Authenticate", `Basic realm="test"`)
+		w.WriteHeader(http.StatusUnauthorized)
+		return true
+	})
+	c := node(t, s)
+	c.Registry.Credentials = filepath.Join(t.TempDir(), "config.json")
+	if _, _, err := pull(t, c, Options{Ref: s.ref("v1")}); err == nil || len(s.take()) != 0 {
+		t.Errorf("got %v without a login, want an error", err)
+	}
+	login := base64.StdEncoding.EncodeToString([]byte("me:secret"))
+	if err := os.WriteFile(c.Registry.Credentials, []byte(`{"auths": {"`+s.host()+`": {"auth": "`+login+`"}}}`), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if sum := mustPull(t, c, Options{Ref: s.ref("v1")}); sum.Fetched != layers[0].Size {
+		t.Errorf("got %+v, want it fetched", sum)
 	}
 }
 
