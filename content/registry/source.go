@@ -57,16 +57,20 @@ type place struct {
 	own bool
 }
 
-func newSource(ep *endpoint, a *auth, repository string, d digest.Digest, size int64) (*Source, error) {
-	u := blobURL(ep, repository, d)
+func newSource(ep *endpoint, a *auth, b blobKey) (*Source, error) {
+	u := blobURL(ep, b.repository, b.digest)
 	if _, err := url.Parse(u.String()); err != nil {
-		return nil, fmt.Errorf("blob %s: address at %s: %w: %w", d, ep.name, errdefs.ErrFailedPrecondition, err)
+		return nil, fmt.Errorf("blob %s: address at %s: %w: %w", b.digest, ep.name, errdefs.ErrFailedPrecondition, err)
 	}
-	return &Source{ep: ep, auth: a, url: u, digest: d, size: size, turn: make(chan struct{}, 1)}, nil
+	return &Source{ep: ep, auth: a, url: u, digest: b.digest, size: b.size, turn: make(chan struct{}, 1)}, nil
 }
 
 // Host names the host, and its path where that is not the usual one.
 func (s *Source) Host() string { return s.ep.name }
+
+// Tier is 0 for a mirror and 1 for the server that the mirrors stand for, which
+// is wanted when they fail.
+func (s *Source) Tier() int { return s.ep.tier }
 
 // Open requests n bytes from off, with one request unless the host asks for a
 // login or points elsewhere. ctx governs the body too, until it is closed. The
