@@ -20,6 +20,9 @@ import (
 const (
 	// maxHops bounds a chain of redirects.
 	maxHops = 5
+	// maxPlaces bounds how many remembered places one request tries. Others renew
+	// them meanwhile; where none lasts, the host is asked.
+	maxPlaces = 5
 	// maxLogins bounds how often one request is asked to prove who it is: a
 	// stale token, and the race with another request's new one.
 	maxLogins = 2
@@ -110,7 +113,7 @@ func (s *Source) wrap(err error) error {
 
 // request goes to the remembered place, or asks the host for it.
 func (s *Source) request(ctx context.Context, asked span) (*reply, error) {
-	for range 2 {
+	for range maxPlaces {
 		p, release, err := s.route(ctx)
 		if err != nil {
 			return nil, err
