@@ -10,7 +10,9 @@ import (
 	"net"
 	"net/http"
 	"net/http/httptest"
+	"path/filepath"
 	"runtime"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -243,6 +245,14 @@ func TestCredentialsStayAtHome(t *testing.T) {
 	detour := start(t, func(w http.ResponseWriter, r *http.Request) {
 		http.Redirect(w, r, origin.URL+"/back", http.StatusTemporaryRedirect)
 	})
+	within := basic(t, serve)
+	hall := start(t, func(w http.ResponseWriter, r *http.Request) {
+		if r.URL.Path == "/" {
+			http.Redirect(w, r, "/within", http.StatusTemporaryRedirect)
+			return
+		}
+		within.Config.Handler.ServeHTTP(w, r)
+	})
 	root := certs(t, "images.example", fmt.Sprintf("server = %q\n[host.%q]\n", origin.URL, mirror.URL))
 	r := newRegistry(t, Options{ConfigPath: root, Credentials: func(host string) (string, string, error) {
 		if host != origin.addr() && host != mirror.addr() {
@@ -253,7 +263,7 @@ func TestCredentialsStayAtHome(t *testing.T) {
 		}
 		return "", "", nil
 	}})
-	for _, elsewhere = range []string{store.URL, detour.URL} {
+	for _, elsewhere = range []string{store.URL, detour.URL, hall.URL} {
 		for _, s := range sources(t, r, "images.example") {
 			if _, err := s.Open(t.Context(), 0, 10); !errdefs.IsUnauthorized(err) {
 				t.Errorf("error %v", err)
@@ -261,7 +271,7 @@ func TestCredentialsStayAtHome(t *testing.T) {
 		}
 	}
 	want := "Basic " + base64.StdEncoding.EncodeToString([]byte("user:secret"))
-	for _, q := range append(append(mirror.requests(), store.requests()...), detour.requests()...) {
+	for _, q := range slices.Concat(mirror.requests(), store.requests(), detour.requests(), hall.requests()) {
 		if q.Header.Get("Authorization") != "" {
 			t.Errorf("%s saw %v", q.Host, q.Header)
 		}
@@ -292,16 +302,19 @@ func TestPasswordInTheClear(t *testing.T) {
 // TestCredentialsFail says which file is to blame, as a login that failed, not as a network that did.
 func TestCredentialsFail(t *testing.T) {
 	t.Parallel()
-	creds, err := DockerCredentials(dockerConfig(t, `{"auths"`))
-	if err != nil {
-		t.Fatal(err)
-	}
-	for name, addr := range map[string]string{"bearer": newTokens(t, "").registry.addr(), "basic": basic(t, serve).addr()} {
-		_, err = only(t, newRegistry(t, Options{Credentials: creds}), addr).Open(t.Context(), 0, 10)
-		if !errdefs.IsUnauthorized(err) || errdefs.IsUnavailable(err) {
-			t.Errorf("%s: %v", name, err)
+	file := dockerConfig(t, `{"auths"`)
+	for _, path := range []string{file, filepath.Join(file, "below", "a-file")} {
+		creds, err := DockerCredentials(path)
+		if err != nil {
+			t.Fatal(err)
 		}
-		contains(t, err, "config.json", "no JSON")
+		for name, addr := range map[string]string{"bearer": newTokens(t, "").registry.addr(), "basic": basic(t, serve).addr()} {
+			_, err = only(t, newRegistry(t, Options{Credentials: creds}), addr).Open(t.Context(), 0, 10)
+			if !errdefs.IsUnauthorized(err) || errdefs.IsUnavailable(err) {
+				t.Errorf("%s: %v", name, err)
+			}
+			contains(t, err, path, "cannot be used")
+		}
 	}
 }
 
