@@ -232,17 +232,16 @@ func waitFor(t *testing.T, what func() bool) {
 // command for it, gantryd and the command read it themselves.
 func TestPullCommandLogin(t *testing.T) {
 	needGantry(t)
-	file := filepath.Join(t.TempDir(), "config.json")
-	n, r, p := setup(t, harness.Options{GantryExtra: fmt.Sprintf("credentials = %q\n", file)})
+	n, r, p := setup(t, harness.Options{})
 	im, ref := push(t, r, p.Host(), "login", small(35, 4<<20))
-	p.SetRule(func(*http.Request) *harness.Fault { return &harness.Fault{Login: "me:secret"} })
+	p.SetRule(func(*http.Request) *harness.Fault { return &harness.Fault{Login: login} })
 	for _, way := range []string{"--no-containerd", "--no-containerd=false"} {
 		if _, err := n.GantryCLI(t.Context(), "pull", way, ref); err == nil || !strings.Contains(err.Error(), ref) {
 			t.Errorf("got %v without a login, want an error about %s", err, ref)
 		}
 	}
-	login := base64.StdEncoding.EncodeToString([]byte("me:secret"))
-	if err := os.WriteFile(file, fmt.Appendf(nil, `{"auths": {%q: {"auth": %q}}}`, p.Host(), login), 0o600); err != nil {
+	auth := base64.StdEncoding.EncodeToString([]byte(login))
+	if err := os.WriteFile(filepath.Join(n.Dir, "docker.json"), fmt.Appendf(nil, `{"auths": {%q: {"auth": %q}}}`, p.Host(), auth), 0o600); err != nil {
 		t.Fatal(err)
 	}
 	if s := gantryPull(t, n, ref); !s.Unpacked || s.Fetched != im.Size() {

@@ -45,12 +45,12 @@ func TransferFolder(c *config.Config, namespace string) string {
 // NamespaceFolders is where the folders of namespaces are.
 func NamespaceFolders(c *config.Config) string { return filepath.Join(c.Transfer.Root, "namespaces") }
 
-// TransferOptions are those of each transfer manager.
-func TransferOptions(c *config.Config) transfer.Options {
+// TransferOptions are those of each transfer manager of a process.
+func TransferOptions(c *config.Config) (transfer.Options, error) {
 	return transfer.Options{
 		ChunkSize:          c.Transfer.ChunkSize,
 		ConnectionsPerHost: c.Transfer.ConnectionsPerHost,
 		GiveUp:             c.Transfer.GiveUp,
 		KeepPartial:        c.Transfer.KeepPartial,
-	}
+	}, nil
 }
