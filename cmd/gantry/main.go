@@ -14,6 +14,8 @@ import (
 	"strings"
 	"syscall"
 
+	"github.com/containerd/log"
+
 	"github.com/gantryd/gantry/plugin/config"
 )
 
@@ -62,6 +64,9 @@ func (e usageError) Error() string { return e.text }
 func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	context.AfterFunc(ctx, stop) // the second one ends the process at once
+	if err := log.SetLevel("warn"); err != nil { // what libraries say meanwhile
+		panic(err)
+	}
 	code := run(ctx, os.Args[1:], os.Stdout, os.Stderr)
 	stop()
 	os.Exit(code)

@@ -42,7 +42,7 @@ Ctrl-C keeps what was fetched; the same command goes on from there. A second Ctr
   --no-containerd   only fetch, also where containerd runs
   --quiet           print nothing but what was pulled: NAME@DIGEST
   --json            print what happens as JSON, one object a line; sizes are in bytes, rates in bytes a second:
-                      {"event": "resolved", ...}  once: name, digest, platform, way (via: containerd or transfers), layers
+                      {"event": "resolved", ...}  once: name, digest, platform, via (containerd or transfers), layers
                       {"event": "layer", ...}     a layer has changed: digest, phase, size, received, fetched over the
                                                   network by this pull, rate, eta_seconds, ...
                       {"event": "summary", ...}   the last line of a pull that succeeded: everything, with all layers
