@@ -63,7 +63,7 @@ func (e usageError) Error() string { return e.text }
 
 func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
-	context.AfterFunc(ctx, stop) // the second one ends the process at once
+	context.AfterFunc(ctx, stop)                 // the second one ends the process at once
 	if err := log.SetLevel("warn"); err != nil { // what libraries say meanwhile
 		panic(err)
 	}
