@@ -253,6 +253,23 @@ func TestPullCommandLogin(t *testing.T) {
 	}
 }
 
+// TestPullCommandForKubelet pulls into the kubelet's namespace: containerd's CRI plugin takes the image for its own.
+func TestPullCommandForKubelet(t *testing.T) {
+	needGantry(t)
+	n, r, p := setup(t, harness.Options{CRI: true})
+	im, ref := push(t, r, p.Host(), "kubelet", small(38, 1<<20))
+	if s := gantryPull(t, n, "--namespace", "k8s.io", ref); !s.Unpacked {
+		t.Errorf("got %+v, want it unpacked", s)
+	}
+	eventually(t, "the CRI plugin to manage the image", func() error {
+		out, err := n.Ctr(t.Context(), "k8s.io", "image", "list", `labels."io.cri-containerd.image"==managed`)
+		if err == nil && (!strings.Contains(out, ref) || !strings.Contains(out, im.Config.Digest.String())) {
+			err = errors.New(out)
+		}
+		return err
+	})
+}
+
 // TestPullCommandRefuses pulls where containerd has no gantry, or gantryd is away.
 func TestPullCommandRefuses(t *testing.T) {
 	needGantry(t)
