@@ -37,7 +37,7 @@ func (s *Session) complete(ctx context.Context) error {
 		return err
 	}
 	if s.named == d {
-		s.store.brought(s.key())
+		s.store.brought(s.ing, s.key())
 	}
 	return nil
 }

@@ -179,11 +179,11 @@ func (s *Store) resign(ing *ingest, err error) {
 	s.end(s.leadOf(ing), func(l *lead) { l.err = err })
 }
 
-// brought ends the turn of whoever leads: the blob is there, durable and verified.
-func (s *Store) brought(key leadKey) {
+// brought ends the turn of whoever leads: ing holds the blob, durable and verified.
+func (s *Store) brought(ing *ingest, key leadKey) {
 	var unused *os.File
 	s.mu.Lock()
-	if l := s.leads[key]; l != nil {
+	if l := s.leads[key]; l != nil && !ing.dead {
 		unused = s.endLocked(l, func(l *lead) { l.done = true })
 	}
 	s.mu.Unlock()

@@ -145,7 +145,7 @@ func (s *Session) claim(t Transfer) error {
 	if err := s.adopted(); err != nil {
 		return err
 	}
-	s.store.brought(s.key())
+	s.store.brought(s.ing, s.key())
 	return nil
 }
 
