@@ -176,9 +176,3 @@ func wantNothingLeft(t *testing.T, s *Store) {
 		}
 	}
 }
-
-func inBubble(t *testing.T, f func(t *testing.T)) {
-	t.Helper()
-	t.Parallel()
-	synctest.Test(t, f)
-}

@@ -57,6 +57,7 @@ func TestOneWarning(t *testing.T) {
 				}
 				_, err = w.Status(ctx)
 				if n := w.Stat().Offset; err == nil && n < 5000 {
+					time.Sleep(time.Second) // until the others follow
 					_, err = w.Write(ctx, 0, data[n:])
 				}
 				if err := errors.Join(err, w.Close()); err != nil {
