@@ -1,10 +1,13 @@
 package integration
 
 import (
+	"fmt"
 	"net/http"
 	"strings"
 	"testing"
 	"time"
+
+	"golang.org/x/sync/errgroup"
 
 	"github.com/gantryd/gantry/integration/harness"
 )
@@ -96,6 +99,36 @@ func TestFallbackHalfway(t *testing.T) {
 			}
 			checkExported(t, n, ref)
 		})
+	}
+}
+
+// TestFallbackOfEight has eight clients side by side fetch what gantry may not: one of them does, for all.
+func TestFallbackOfEight(t *testing.T) {
+	needGantry(t)
+	n, r, p := setup(t, harness.Options{})
+	im, ref := push(t, r, p.Host(), "eight", small(32, 24<<20))
+	p.SetRule(func(r *http.Request) *harness.Fault {
+		if fromGantry(r) && isBlob(r) {
+			return &harness.Fault{Status: http.StatusForbidden}
+		}
+		return &harness.Fault{BytesPerSecond: 16 << 20}
+	})
+	g, ctx := errgroup.WithContext(t.Context())
+	for i := range 8 {
+		g.Go(func() error { return n.PullClient(ctx, fmt.Sprintf("ns%d", i), ref) })
+	}
+	if err := g.Wait(); err != nil {
+		t.Fatal(err)
+	}
+	for i, l := range im.Layers {
+		if got := p.BlobBytes()[l.Digest]["containerd"]; got != l.Size {
+			t.Errorf("layer %d: the clients got %d bytes together, want %d", i, got, l.Size)
+		}
+	}
+	for i := range 8 {
+		namespace := fmt.Sprintf("ns%d", i)
+		checkImage(t, n, namespace, ref)
+		mustRun(t, n, namespace, ref, "32", "/helper", "cat", "/etc/seed")
 	}
 }
 
