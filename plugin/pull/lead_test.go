@@ -17,9 +17,14 @@ import (
 
 // followerClient is one client whose second STAT waits.
 type followerClient struct {
-	ctx     context.Context
+	ns      string
 	session *content.Session
 	status  chan error
+}
+
+func (c *followerClient) ctx(t *testing.T) context.Context {
+	t.Helper()
+	return namespaces.WithNamespace(t.Context(), c.ns)
 }
 
 // clients opens a session in each of n namespaces.
@@ -27,13 +32,14 @@ func (f *fixture) clients(t *testing.T, n int, l ocispec.Descriptor) (all []*fol
 	t.Helper()
 	for i := range n {
 		ns := fmt.Sprint("ns", i)
-		c := &followerClient{ctx: namespaces.WithNamespace(t.Context(), ns), status: make(chan error, 1)}
+		c := &followerClient{ns: ns, status: make(chan error, 1)}
+		ctx := c.ctx(t)
 		var err error
-		if c.session, err = f.store.Open(c.ctx, ns+"/1/layer-"+l.Digest.String(), l.Size, ""); err != nil {
+		if c.session, err = f.store.Open(ctx, ns+"/1/layer-"+l.Digest.String(), l.Size, ""); err != nil {
 			t.Fatal(err)
 		}
 		go func() {
-			_, err := c.session.Status(c.ctx)
+			_, err := c.session.Status(ctx)
 			c.status <- err
 		}()
 		all = append(all, c)
@@ -87,7 +93,7 @@ func TestUnpackFollowsTheLeaders(t *testing.T) {
 		t.Fatalf("want a partial takeover, got %d bytes", from)
 	}
 	half := (from + l.Size) / 2
-	if _, err := first.session.Write(first.ctx, 0, data[from:half]); err != nil {
+	if _, err := first.session.Write(first.ctx(t), 0, data[from:half]); err != nil {
 		t.Fatal(err)
 	}
 	if err := first.session.Close(); err != nil {
@@ -97,11 +103,11 @@ func TestUnpackFollowsTheLeaders(t *testing.T) {
 	if got := second.session.Stat().Offset; got != half {
 		t.Errorf("want the second client to go on from %d, got %d", half, got)
 	}
-	count, err := second.session.Write(second.ctx, 0, data[half:])
+	count, err := second.session.Write(second.ctx(t), 0, data[half:])
 	if err != nil {
 		t.Fatal(err)
 	}
-	if _, err := second.session.Commit(second.ctx, count, l.Size, l.Digest, nil); err != nil {
+	if _, err := second.session.Commit(second.ctx(t), count, l.Size, l.Digest, nil); err != nil {
 		t.Fatal(err)
 	}
 	f.commit(l.Digest)
@@ -111,16 +117,16 @@ func TestUnpackFollowsTheLeaders(t *testing.T) {
 			if err := <-c.status; err != nil || c.session.Stat().Offset != l.Size {
 				t.Errorf("want a follower to have all, got %+v, %v", c.session.Stat(), err)
 			}
-			if _, err := c.session.Commit(c.ctx, 0, l.Size, l.Digest, nil); !errdefs.IsAlreadyExists(err) {
+			if _, err := c.session.Commit(c.ctx(t), 0, l.Size, l.Digest, nil); !errdefs.IsAlreadyExists(err) {
 				t.Errorf("want the commit of what is there to say so, got %v", err)
 			}
-			if got, _, err := f.Layer(c.ctx, l); err != nil || got != id {
+			if got, _, err := f.Layer(c.ctx(t), l); err != nil || got != id {
 				t.Errorf("want %s, got %s, %v", id, got, err)
 			}
 		})
 	}
 	wg.Wait()
-	if got, _, err := f.Layer(second.ctx, l); err != nil || got != id {
+	if got, _, err := f.Layer(second.ctx(t), l); err != nil || got != id {
 		t.Errorf("want %s, got %s, %v", id, got, err)
 	}
 	if n := len(f.Recent()); n != 1 || f.Recent()[0].Error != "" {
