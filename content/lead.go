@@ -14,8 +14,13 @@ import (
 	"github.com/gantryd/gantry/content/clone"
 )
 
-// giveUp is the default of Options.GiveUp.
-const giveUp = 2 * time.Minute
+const (
+	// giveUp is the default of Options.GiveUp.
+	giveUp = 2 * time.Minute
+	// queue is for how many times GiveUp a leader's client may fetch other blobs
+	// before it begins with this one.
+	queue = 5
+)
 
 // leadKey is what must be the same for one client to follow another.
 type leadKey struct {
@@ -208,7 +213,7 @@ func (s *Store) overdue(l *lead) time.Duration {
 	if rest <= 0 {
 		unused = s.endLocked(l, func(l *lead) {
 			l.err = fmt.Errorf("blob %s: the client of ref %q has written nothing for %s, it has %d of %d bytes: %w",
-				l.key.digest, l.ing.ref, s.giveUp-rest, l.have, l.key.size, errdefs.ErrUnavailable)
+				l.key.digest, l.ing.ref, time.Since(latest(l.since, l.ing.updated)).Round(time.Millisecond), l.have, l.key.size, errdefs.ErrUnavailable)
 		})
 	}
 	s.mu.Unlock()
@@ -228,14 +233,18 @@ func (l *lead) rest() time.Duration {
 	if l.over || l.busy {
 		return l.store.giveUp
 	}
-	moved := l.ing.updated
-	if !l.began {
-		moved = l.store.wrote[l.whose]
+	if l.began {
+		return l.store.giveUp - time.Since(latest(l.since, l.ing.updated))
 	}
-	if l.since.After(moved) {
-		moved = l.since
+	rest := l.store.giveUp - time.Since(latest(l.since, l.store.wrote[l.whose]))
+	return min(rest, queue*l.store.giveUp-time.Since(l.since))
+}
+
+func latest(a, b time.Time) time.Time {
+	if a.After(b) {
+		return a
 	}
-	return l.store.giveUp - time.Since(moved)
+	return b
 }
 
 // moved notes that the leader's client has written. The caller holds mu.

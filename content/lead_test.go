@@ -429,14 +429,14 @@ func TestFollowing(t *testing.T) {
 func TestALeaderThatQueues(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
-		one, d1 := randomBytes(t, 5000)
+		one, d1 := randomBytes(t, 1000*(queue-2))
 		two, d2 := randomBytes(t, 4000)
 		s := newStore(t, t.TempDir(), Options{Fetcher: &fakeFetcher{}})
 		a1, a2 := newClient("a", one, d1).start(t, s), newClient("a", two, d2).start(t, s)
 		answered(t, []*client{a1})
 		answered(t, []*client{a2})
 		b := newClient("b", two, d2).start(t, s)
-		for range 5 {
+		for range queue - 2 {
 			time.Sleep(s.giveUp - time.Second)
 			if err := a1.write(t.Context(), 1000); err != nil {
 				t.Fatal(err)
@@ -460,6 +460,56 @@ func TestALeaderThatQueues(t *testing.T) {
 		}
 		wantNothingLeft(t, s)
 	})
+}
+
+// It does not queue for ever, and once it has begun nothing else counts.
+func TestALeaderThatQueuesForLong(t *testing.T) {
+	t.Parallel()
+	for name, tt := range map[string]struct {
+		begins bool
+		after  int // times GiveUp
+	}{
+		"never begins": {false, queue},
+		"stops":        {true, 1},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			synctest.Test(t, func(t *testing.T) {
+				one, d1 := randomBytes(t, 5000)
+				two, d2 := randomBytes(t, 4000)
+				s := newStore(t, t.TempDir(), Options{Fetcher: &fakeFetcher{}, GiveUp: time.Minute})
+				a1, a2 := newClient("a", one, d1).start(t, s), newClient("a", two, d2).start(t, s)
+				answered(t, []*client{a1})
+				answered(t, []*client{a2})
+				if tt.begins {
+					if err := a2.write(t.Context(), 1); err != nil {
+						t.Fatal(err)
+					}
+				}
+				b := newClient("b", two, d2).start(t, s)
+				for i := range 2 * tt.after {
+					synctest.Wait()
+					if b.leads(t) {
+						t.Fatalf("replaced after %d half minutes", i)
+					}
+					if err := a1.write(t.Context(), 100); err != nil {
+						t.Fatal(err)
+					}
+					time.Sleep(30 * time.Second)
+				}
+				answered(t, []*client{b})
+				for _, c := range []*client{a1, a2, b} {
+					if err := c.session.Close(); err != nil {
+						t.Fatal(err)
+					}
+					if err := s.Abort(t.Context(), c.ref()); err != nil {
+						t.Fatal(err)
+					}
+				}
+				wantNothingLeft(t, s)
+			})
+		})
+	}
 }
 
 // The leader is aborted when its blob has just come into blobs/: that is gone, but
