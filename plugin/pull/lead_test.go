@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"net/http"
+	"slices"
 	"sync"
 	"testing"
 
@@ -96,6 +97,13 @@ func TestUnpackFollowsTheLeaders(t *testing.T) {
 	if _, err := first.session.Write(first.ctx(t), 0, data[from:half]); err != nil {
 		t.Fatal(err)
 	}
+	eventually(t, "the others to follow", func() bool {
+		list, err := f.store.ListStatuses(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		return !slices.ContainsFunc(list, func(s content.Status) bool { return s.Offset != half })
+	})
 	if err := first.session.Close(); err != nil {
 		t.Fatal(err)
 	}
