@@ -57,7 +57,10 @@ func (q *inquiry) close() {
 func (q *inquiry) run(ctx context.Context, err error) error {
 	for {
 		q.wrong = append(q.wrong, err)
-		name := q.job.nextAlone(q.asked)
+		if err := q.keep(); err != nil {
+			return diskError(q.job.folder.path, err)
+		}
+		name := q.next()
 		if name == "" {
 			return q.job.giveUp(q.wrong)
 		}
@@ -74,6 +77,34 @@ func (q *inquiry) run(ctx context.Context, err error) error {
 	}
 }
 
+// next chooses the host that is asked alone next; "" when all were.
+func (q *inquiry) next() string {
+	j := q.job
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	choice, best := "", 0
+	for _, s := range j.sources {
+		name := s.host.name
+		if s.gone != nil || q.asked[name] {
+			continue
+		}
+		rank := 1
+		if slices.ContainsFunc(q.tries, func(t *try) bool { return slices.Contains(t.served.hosts, name) }) {
+			rank += 2
+		}
+		if j.shared.lied(name) {
+			rank += 4
+		}
+		if choice == "" || rank < best {
+			choice, best = name, rank
+		}
+	}
+	if choice == "" {
+		j.doomed = true
+	}
+	return choice
+}
+
 // endsTurn says whether another host may do better.
 func endsTurn(err error) bool {
 	return errors.Is(err, errMismatch) || errors.Is(err, errNoSource) || errors.Is(err, errNoProgress)
@@ -82,9 +113,6 @@ func endsTurn(err error) bool {
 // alone fetches the whole blob from one host, and then once more what differs from the tries before.
 func (q *inquiry) alone(ctx context.Context, name string) error {
 	j := q.job
-	if err := q.keep(); err != nil {
-		return diskError(j.folder.path, err)
-	}
 	if err := j.restart(name); err != nil {
 		return err
 	}
@@ -242,32 +270,6 @@ func book(found []verdict, hosts string, off int64) []verdict {
 	return found
 }
 
-// nextAlone chooses the host that is asked alone next; "" when all were.
-func (j *job) nextAlone(asked map[string]bool) string {
-	j.mu.Lock()
-	defer j.mu.Unlock()
-	choice, best := "", 0
-	for _, s := range j.sources {
-		if s.gone != nil || asked[s.host.name] {
-			continue
-		}
-		rank := 1
-		if s.host.served {
-			rank += 2
-		}
-		if j.shared.lied(s.host.name) {
-			rank += 4
-		}
-		if choice == "" || rank < best {
-			choice, best = s.host.name, rank
-		}
-	}
-	if choice == "" {
-		j.doomed = true
-	}
-	return choice
-}
-
 // giveUp ends a transfer that no host could bring to its digest. Data that is known to be wrong is dropped; what the last
 // host sent before it failed is not.
 func (j *job) giveUp(wrong []error) error {
@@ -321,9 +323,6 @@ func (j *job) startOver() {
 	j.ledger = newLedger(j.blob.Size)
 	j.frontier = 0
 	j.generation++
-	for _, h := range j.hosts {
-		h.served = false
-	}
 	j.touch()
 	j.wake()
 }
