@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"sync"
@@ -342,6 +343,36 @@ func TestBothLie(t *testing.T) {
 	}
 }
 
+// TestThirdHostIsRight has two hosts lie for good. What either did in each of three tries is told by the fourth.
+func TestThirdHostIsRight(t *testing.T) {
+	t.Parallel()
+	data, b := randomBlob(25, 32*blockSize)
+	one := halfLiar(data, map[int64]func(int) byte{5 * blockSize: always})
+	two := newFlipper("b", data, map[int64]func(int) byte{20 * blockSize: always, 24 * blockSize: times(2)})
+	joined := make(chan struct{})
+	ends := 0
+	two.reply = func(ctx context.Context, _ int, off, _ int64) (fakeReply, error) {
+		if off == 28*blockSize {
+			if ends++; ends == 2 { // it is alone now
+				select {
+				case <-joined:
+				case <-ctx.Done():
+				}
+			}
+		}
+		return fakeReply{}, nil
+	}
+	m := newManager(t, t.TempDir(), Options{ChunkSize: 1 << 20, ConnectionsPerHost: 1})
+	h, l := joinLogged(t, m, b, one, two)
+	eventually(t, "the end of the second try", func() bool { return h.job.currentGeneration() == 1 && h.Frontier() == 28*blockSize })
+	join(t, m, b, &fakeSource{host: "c", data: data})
+	close(joined)
+	wait(t, h)
+	if v, want := l.verdicts(), []verdict{{"b", 4, 20 * blockSize}, {"mirror", 1, 5 * blockSize}}; !slices.Equal(v, want) {
+		t.Errorf("the log names %+v, want %+v", v, want)
+	}
+}
+
 // TestBlockOfTwoHosts has a block put together from pieces: one of the two lied, nobody knows which.
 func TestBlockOfTwoHosts(t *testing.T) {
 	t.Parallel()
@@ -434,20 +465,30 @@ func TestEarlierTransferLied(t *testing.T) {
 	}
 	for _, tc := range []struct {
 		name     string
+		rotten   bool // the fourth block
 		wrong    map[int64]func(int) byte
 		more     int64
 		verdicts []verdict
 	}{
-		{"good now", nil, 0, []verdict{{"an earlier transfer", 2, blockSize}}},
+		{"good now", false, nil, 0, []verdict{{"an earlier transfer", 2, blockSize}}},
 		{
-			"wrong once more, elsewhere", map[int64]func(int) byte{2 * blockSize: times(1)}, 3 * blockSize,
+			"a block is fetched again, and wrong", true, map[int64]func(int) byte{3 * blockSize: times(1)}, blockSize,
+			[]verdict{{"a", 1, 3 * blockSize}, {"an earlier transfer", 2, blockSize}},
+		},
+		{
+			"wrong once more, elsewhere", false, map[int64]func(int) byte{2 * blockSize: times(1)}, 3 * blockSize,
 			[]verdict{{"a", 1, 2 * blockSize}, {"an earlier transfer", 2, blockSize}},
 		},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			t.Parallel()
 			src := newFlipper("a", data, tc.wrong)
-			h, l := joinLogged(t, newManager(t, copyRoot(t, root), Options{}), b, src)
+			root := copyRoot(t, root)
+			m := newManager(t, root, Options{})
+			if tc.rotten {
+				damage(t, filepath.Dir(dataPath(m, b)), func(data, _ *os.File) error { return flipAt(data, 3*blockSize+1) })
+			}
+			h, l := joinLogged(t, m, b, src)
 			if got, _, err := rereads(t, h); err != nil || !bytes.Equal(got, data) {
 				t.Errorf("read %d bytes, %v", len(got), err)
 			}
@@ -544,7 +585,14 @@ func TestAskedAloneInVain(t *testing.T) {
 			data, b := randomBlob(23, 4<<20)
 			liar := newFlipper("a", data, map[int64]func(int) byte{5: always})
 			dead := &fakeSource{host: "b", reply: silent}
-			good := &fakeSource{host: "c", data: data}
+			good, goOn := &fakeSource{host: "c", data: data}, make(chan struct{})
+			good.reply = func(ctx context.Context, _ int, _, _ int64) (fakeReply, error) {
+				select {
+				case <-goOn:
+				case <-ctx.Done():
+				}
+				return fakeReply{}, nil
+			}
 			joined := make(chan struct{})
 			liar.reply = func(ctx context.Context, _ int, off, _ int64) (fakeReply, error) {
 				if off == 3<<20 {
@@ -560,6 +608,15 @@ func TestAskedAloneInVain(t *testing.T) {
 			eventually(t, "all but the last chunk", func() bool { return h.Frontier() == 3<<20 })
 			join(t, m, b, dead, good) // too late to have a part in the first try
 			close(joined)
+			time.Sleep(3 * time.Minute)
+			eventually(t, "the last host's turn", func() bool {
+				calls, _ := good.stats()
+				return calls > 0
+			})
+			if late := join(t, m, b); late.job != h.job {
+				t.Error("who comes late does not join it")
+			}
+			close(goOn)
 			wait(t, h)
 			if v := l.verdicts(); !slices.Equal(v, []verdict{{"a", 1, 0}}) {
 				t.Errorf("the log names %+v", v)
