@@ -309,11 +309,6 @@ func (j *job) again(blocks []bool) error {
 	if err := j.folder.unrecord(blocks); err != nil {
 		return diskError(j.folder.path, err)
 	}
-	for i, gone := range blocks {
-		if gone {
-			j.served.forget(uint32(i))
-		}
-	}
 	j.startOver()
 	return nil
 }

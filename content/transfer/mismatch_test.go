@@ -465,15 +465,15 @@ func TestEarlierTransferLied(t *testing.T) {
 	}
 	for _, tc := range []struct {
 		name     string
-		rotten   bool // the fourth block
+		rotten   bool // the fourth block, and one of those that are wrong
 		wrong    map[int64]func(int) byte
 		more     int64
 		verdicts []verdict
 	}{
 		{"good now", false, nil, 0, []verdict{{"an earlier transfer", 2, blockSize}}},
 		{
-			"a block is fetched again, and wrong", true, map[int64]func(int) byte{3 * blockSize: times(1)}, blockSize,
-			[]verdict{{"a", 1, 3 * blockSize}, {"an earlier transfer", 2, blockSize}},
+			"a block is fetched again, and wrong", true, map[int64]func(int) byte{3 * blockSize: times(1)}, 2 * blockSize,
+			[]verdict{{"a", 1, 3 * blockSize}, {"an earlier transfer", 1, blockSize}},
 		},
 		{
 			"wrong once more, elsewhere", false, map[int64]func(int) byte{2 * blockSize: times(1)}, 3 * blockSize,
@@ -486,7 +486,9 @@ func TestEarlierTransferLied(t *testing.T) {
 			root := copyRoot(t, root)
 			m := newManager(t, root, Options{})
 			if tc.rotten {
-				damage(t, filepath.Dir(dataPath(m, b)), func(data, _ *os.File) error { return flipAt(data, 3*blockSize+1) })
+				damage(t, filepath.Dir(dataPath(m, b)), func(data, _ *os.File) error {
+					return errors.Join(flipAt(data, 3*blockSize+1), flipAt(data, 5*blockSize+1))
+				})
 			}
 			h, l := joinLogged(t, m, b, src)
 			if got, _, err := rereads(t, h); err != nil || !bytes.Equal(got, data) {
