@@ -111,7 +111,7 @@ func sum(off int64) uint32 {
 
 func (n *naive) land(s *span) {
 	n.steps[s.off/step] = there
-	n.ledger.landed(s, s.off+step, sum(s.off+step))
+	n.landed(s, s.off+step, sum(s.off+step))
 	if s.off >= s.end {
 		n.drop(s)
 	}
