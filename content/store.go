@@ -99,6 +99,9 @@ type Store struct {
 	// files serialises changes of blobs/. It comes before mu.
 	files sync.Mutex
 
+	making sync.Mutex
+	made   map[string]bool // the folders in blobs/ whose names are durable; guarded by making
+
 	mu      sync.Mutex
 	blobs   map[digest.Digest]*blob
 	ingests map[string]*ingest
@@ -113,13 +116,14 @@ func NewStore(root string, o Options) (*Store, error) {
 		observer: o.Observer,
 		blobs:    map[digest.Digest]*blob{},
 		ingests:  map[string]*ingest{},
+		made:     map[string]bool{},
 	}
 	for _, dir := range []string{filepath.Join(blobFolder, digest.Canonical.String()), ingestFolder} {
 		if err := os.MkdirAll(filepath.Join(root, dir), 0o755); err != nil {
 			return nil, fmt.Errorf("content store: %w", err)
 		}
 	}
-	if err := errors.Join(syncDir(filepath.Join(root, blobFolder)), syncDir(root)); err != nil {
+	if err := errors.Join(syncDir(filepath.Join(root, blobFolder)), syncDir(root), syncAbove(root)); err != nil {
 		return nil, fmt.Errorf("content store: %w", err)
 	}
 	if err := s.loadBlobs(); err != nil {
@@ -159,6 +163,28 @@ func syncDir(path string) error {
 		return err
 	}
 	return errors.Join(d.Sync(), d.Close())
+}
+
+// syncAbove makes the name of a folder durable, and those of the folders above it: somebody may have made them just now.
+// It ends where another file system begins.
+func syncAbove(path string) error {
+	path, err := filepath.Abs(path)
+	if err != nil {
+		return err
+	}
+	var here, above syscall.Stat_t
+	if err := syscall.Stat(path, &here); err != nil {
+		return err
+	}
+	for dir := filepath.Dir(path); dir != path; path, dir = dir, filepath.Dir(dir) {
+		if err := syscall.Stat(dir, &above); err != nil || above.Dev != here.Dev {
+			return err
+		}
+		if err := syncDir(dir); err != nil && !errors.Is(err, os.ErrPermission) {
+			return err
+		}
+	}
+	return nil
 }
 
 // plain says a full disk in words for the person who reads the pod's events.

@@ -38,7 +38,7 @@ func Mount(dir string) (*FS, error) {
 	var none time.Duration // the kernel asks each time: hard links change what it would remember
 	server, err := fs.Mount(dir, f.root, &fs.Options{
 		EntryTimeout: &none, AttrTimeout: &none, NegativeTimeout: &none,
-		MountOptions: fuse.MountOptions{FsName: "crashfs", Name: "crashfs", DirectMountStrict: true, MaxWrite: 1 << 20, DisableXAttrs: true},
+		MountOptions: fuse.MountOptions{FsName: "crashfs", Name: "crashfs", DirectMountStrict: true, DisableSplice: true, DisableXAttrs: true},
 	})
 	if err != nil {
 		return nil, fmt.Errorf("mount a FUSE file system on %s, as root: %w", dir, err)
@@ -57,13 +57,10 @@ func (f *FS) Close() error {
 }
 
 // Mark notes a promise: what was done before it is before it in the log.
-func (f *FS) Mark(what string) { f.Change(func() string { return what }) }
-
-// Change calls what while nothing else can happen on the file system, and notes what it returns.
-func (f *FS) Change(what func() string) {
+func (f *FS) Mark(what string) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	f.record(op{kind: opMark, mark: what()})
+	f.record(op{kind: opMark, mark: what})
 }
 
 // Log ends the recording and returns it.
@@ -152,13 +149,14 @@ func (n *node) truncate(size int64) {
 	n.fs.record(op{kind: opTruncate, node: n.id, size: size})
 }
 
+// Open bypasses the kernel's page cache, here as in Create: what is read is what the log says.
 func (n *node) Open(_ context.Context, flags uint32) (fs.FileHandle, uint32, syscall.Errno) {
 	if flags&syscall.O_TRUNC != 0 {
 		n.fs.mu.Lock()
 		defer n.fs.mu.Unlock()
 		n.truncate(0)
 	}
-	return nil, 0, 0
+	return nil, fuse.FOPEN_DIRECT_IO, 0
 }
 
 func (n *node) Read(_ context.Context, _ fs.FileHandle, dest []byte, off int64) (fuse.ReadResult, syscall.Errno) {
@@ -204,7 +202,7 @@ func (n *node) Create(ctx context.Context, name string, flags, mode uint32, out 
 	child, inode := n.add(ctx, syscall.S_IFREG, mode)
 	n.fs.record(op{kind: opCreate, folder: n.id, name: name, node: child.id})
 	child.attr(&out.Attr)
-	return inode, nil, 0, 0
+	return inode, nil, fuse.FOPEN_DIRECT_IO, 0
 }
 
 func (n *node) Link(_ context.Context, target fs.InodeEmbedder, name string, out *fuse.EntryOut) (*fs.Inode, syscall.Errno) {
@@ -230,7 +228,7 @@ func (n *node) Unlink(_ context.Context, name string) syscall.Errno {
 	if child == nil {
 		return syscall.ENOENT
 	}
-	child.links--
+	child.unlinked()
 	n.fs.record(op{kind: opUnlink, folder: n.id, name: name, node: child.id})
 	return 0
 }
@@ -245,8 +243,16 @@ func (n *node) Rmdir(_ context.Context, name string) syscall.Errno {
 	case len(child.Children()) > 0:
 		return syscall.ENOTEMPTY
 	}
+	child.unlinked()
 	n.fs.record(op{kind: opRmdir, folder: n.id, name: name, node: child.id})
 	return 0
+}
+
+// unlinked takes a name away. Without one a node lives for as long as somebody has it open. Called with mu held.
+func (n *node) unlinked() {
+	if n.links--; n.links == 0 {
+		n.ForgetPersistent()
+	}
 }
 
 func (n *node) Rename(_ context.Context, name string, newParent fs.InodeEmbedder, newName string, flags uint32) syscall.Errno {
@@ -264,7 +270,7 @@ func (n *node) Rename(_ context.Context, name string, newParent fs.InodeEmbedder
 		if old.IsDir() && len(old.Children()) > 0 {
 			return syscall.ENOTEMPTY
 		}
-		old.links--
+		old.unlinked()
 	}
 	n.fs.record(op{kind: opRename, folder: n.id, name: name, node: child.id, toFolder: to.id, toName: newName})
 	return 0

@@ -1,6 +1,7 @@
 package crashfs
 
 import (
+	"fmt"
 	"hash/maphash"
 	"maps"
 	"math/rand/v2"
@@ -288,4 +289,25 @@ func (s *State) sum(h *maphash.Hash, folder uint64, path string, first map[uint6
 			_, _ = h.Write(s.files[node]) // a hash does not fail
 		}
 	}
+}
+
+// At describes an operation.
+func (l Log) At(i int) string {
+	if i < 0 || i >= len(l) {
+		return "nothing"
+	}
+	o := l[i]
+	switch o.kind {
+	case opWrite:
+		return fmt.Sprintf("write %d bytes at %d to node %d", len(o.data), o.off, o.node)
+	case opTruncate:
+		return fmt.Sprintf("truncate node %d to %d", o.node, o.size)
+	case opSync:
+		return fmt.Sprintf("fsync node %d", o.node)
+	case opMark:
+		return "answer: " + o.mark
+	case opRename:
+		return fmt.Sprintf("rename %s to %s", o.name, o.toName)
+	}
+	return fmt.Sprintf("%s %s", [...]string{"mkdir", "create", "link", "unlink", "rmdir"}[o.kind], o.name)
 }
