@@ -26,8 +26,7 @@ import (
 
 // plug is pulled at a cut of the log.
 type plug struct {
-	fs     *crashfs.FS
-	dir    string
+	dir    string // where states are saved
 	log    crashfs.Log
 	blobs  map[string]*pulled
 	seen   map[string]bool
@@ -89,7 +88,7 @@ func (p *plug) try(t *testing.T, cut int, how string, s *crashfs.State) {
 	p.seen[key] = true
 	p.states++
 	name := fmt.Sprintf("state-%d", p.states)
-	if err := p.fs.Load(name, s); err != nil {
+	if err := s.Save(filepath.Join(p.dir, name)); err != nil {
 		t.Fatal(err)
 	}
 	n := newNode(filepath.Join(p.dir, name), p.blobs, func(string) {})

@@ -314,22 +314,32 @@ func TestPowerLoss(t *testing.T) {
 	for name, atOnce := range map[string]bool{"in order": false, "at once": true} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			dir := t.TempDir()
+			dir, states := t.TempDir(), t.TempDir()
 			fsys, err := crashfs.Mount(dir)
 			if err != nil {
 				t.Fatal(err)
 			}
-			t.Cleanup(func() {
-				if err := fsys.Close(); err != nil {
-					t.Error(err)
-				}
-			})
+			closing(t, fsys.Close)
+			unmount, err := crashfs.Memory(states)
+			if err != nil {
+				t.Fatal(err)
+			}
+			closing(t, unmount)
 			blobs := thePulled()
 			n := newNode(dir, blobs, fsys.Mark)
 			if err := n.work(t.Context(), atOnce); err != nil {
 				t.Fatal(err)
 			}
-			replay(t, &plug{fs: fsys, dir: dir, log: fsys.Log(), blobs: blobs, seen: map[string]bool{}})
+			replay(t, &plug{dir: states, log: fsys.Log(), blobs: blobs, seen: map[string]bool{}})
 		})
 	}
+}
+
+func closing(t *testing.T, end func() error) {
+	t.Helper()
+	t.Cleanup(func() {
+		if err := end(); err != nil {
+			t.Error(err)
+		}
+	})
 }

@@ -2,8 +2,8 @@
 //
 // Mount puts a file system that lives in memory, served by FUSE, on a folder. What is done to it is written down in
 // order: every change of a name, every write with its bytes, every fsync, and marks that the test sets when the code
-// under test has promised something. From that Log, cut anywhere, it builds what a disk may hold after a power loss, and
-// Load puts such a State back on a mount, where the code under test is started again.
+// under test has promised something. From that Log, cut anywhere, it builds what a disk may hold after a power loss.
+// Save writes such a State into a folder, best one of Memory, where the code under test is started again.
 //
 // # What a power loss may leave
 //

@@ -2,7 +2,6 @@ package crashfs
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"os"
 	"slices"
@@ -228,7 +227,7 @@ func (n *node) Unlink(_ context.Context, name string) syscall.Errno {
 	if child == nil {
 		return syscall.ENOENT
 	}
-	child.unlinked()
+	child.links--
 	n.fs.record(op{kind: opUnlink, folder: n.id, name: name, node: child.id})
 	return 0
 }
@@ -243,16 +242,8 @@ func (n *node) Rmdir(_ context.Context, name string) syscall.Errno {
 	case len(child.Children()) > 0:
 		return syscall.ENOTEMPTY
 	}
-	child.unlinked()
 	n.fs.record(op{kind: opRmdir, folder: n.id, name: name, node: child.id})
 	return 0
-}
-
-// unlinked takes a name away. Without one a node lives for as long as somebody has it open. Called with mu held.
-func (n *node) unlinked() {
-	if n.links--; n.links == 0 {
-		n.ForgetPersistent()
-	}
 }
 
 func (n *node) Rename(_ context.Context, name string, newParent fs.InodeEmbedder, newName string, flags uint32) syscall.Errno {
@@ -270,7 +261,7 @@ func (n *node) Rename(_ context.Context, name string, newParent fs.InodeEmbedder
 		if old.IsDir() && len(old.Children()) > 0 {
 			return syscall.ENOTEMPTY
 		}
-		old.unlinked()
+		old.links--
 	}
 	n.fs.record(op{kind: opRename, folder: n.id, name: name, node: child.id, toFolder: to.id, toName: newName})
 	return 0
@@ -283,41 +274,6 @@ func (n *node) child(name string) *node {
 	}
 	child, _ := inode.Operations().(*node)
 	return child
-}
-
-// Load puts a state, except for what it holds itself, into the new folder name of the mounted root.
-func (f *FS) Load(name string, s *State) error {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	if f.recording {
-		return errors.New("load a state: the log must be complete first")
-	}
-	loaded := map[uint64]*fs.Inode{}
-	ctx := context.Background()
-	top, inode := f.root.add(ctx, syscall.S_IFDIR, 0o755)
-	f.root.AddChild(name, inode, true)
-	f.load(ctx, s, top, rootNode, loaded)
-	return nil
-}
-
-func (f *FS) load(ctx context.Context, s *State, into *node, folder uint64, loaded map[uint64]*fs.Inode) {
-	for name, id := range s.folders[folder] {
-		if have := loaded[id]; have != nil {
-			have.Operations().(*node).links++ //nolint:errcheck // all operations are nodes
-			into.AddChild(name, have, true)
-			continue
-		}
-		if _, isFolder := s.folders[id]; isFolder {
-			child, inode := into.add(ctx, syscall.S_IFDIR, 0o755)
-			into.AddChild(name, inode, true)
-			f.load(ctx, s, child, id, loaded)
-			continue
-		}
-		child, inode := into.add(ctx, syscall.S_IFREG, 0o644)
-		child.data = slices.Clone(s.files[id])
-		into.AddChild(name, inode, true)
-		loaded[id] = inode
-	}
 }
 
 func resized(p []byte, size int64) []byte {
