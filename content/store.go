@@ -15,6 +15,8 @@ import (
 	ccontent "github.com/containerd/containerd/v2/core/content"
 	"github.com/containerd/errdefs"
 	"github.com/opencontainers/go-digest"
+
+	"github.com/gantryd/gantry/internal/durable"
 )
 
 const (
@@ -124,7 +126,7 @@ func NewStore(root string, o Options) (*Store, error) {
 			return nil, fmt.Errorf("content store: %w", err)
 		}
 	}
-	if err := errors.Join(syncDir(filepath.Join(root, blobFolder)), syncDir(root), syncAbove(root)); err != nil {
+	if err := errors.Join(durable.Folder(filepath.Join(root, blobFolder)), durable.Folder(root), durable.Above(root)); err != nil {
 		return nil, fmt.Errorf("content store: %w", err)
 	}
 	if err := s.loadBlobs(); err != nil {
@@ -155,37 +157,7 @@ func (s *Store) syncFolder(path string) error {
 	if s.onSync != nil {
 		s.onSync(path)
 	}
-	return syncDir(path)
-}
-
-func syncDir(path string) error {
-	d, err := os.Open(path)
-	if err != nil {
-		return err
-	}
-	return errors.Join(d.Sync(), d.Close())
-}
-
-// syncAbove makes the name of a folder durable, and those of the folders above it: somebody may have made them just now.
-// It ends where another file system begins.
-func syncAbove(path string) error {
-	path, err := filepath.Abs(path)
-	if err != nil {
-		return err
-	}
-	var here, above syscall.Stat_t
-	if err := syscall.Stat(path, &here); err != nil {
-		return err
-	}
-	for dir := filepath.Dir(path); dir != path; path, dir = dir, filepath.Dir(dir) {
-		if err := syscall.Stat(dir, &above); err != nil || above.Dev != here.Dev {
-			return err
-		}
-		if err := syncDir(dir); err != nil && !errors.Is(err, os.ErrPermission) {
-			return err
-		}
-	}
-	return nil
+	return durable.Folder(path)
 }
 
 // plain says a full disk in words for the person who reads the pod's events.

@@ -29,6 +29,11 @@ func show(t *testing.T, dir string) []string {
 			list = append(list, rel+"/")
 			return nil
 		}
+		if d.Type()&fs.ModeSymlink != 0 {
+			target, err := os.Readlink(path)
+			list = append(list, rel+" -> "+target)
+			return err
+		}
 		p, err := os.ReadFile(path)
 		list = append(list, rel+"="+string(p))
 		return err
@@ -94,6 +99,8 @@ func TestPowerLoss(t *testing.T) {
 		{"the other folder", synced(""), []string{"a=one", "c=two", "d/", "d/b=two"}, []string{"a=other", "c=two", "d/"}},
 		{"no folder", func() error { return os.Remove(in("d")) }, []string{"a=one", "c=two", "d/", "d/b=two"}, []string{"a=other", "c=two"}},
 		{"that it is gone", synced(""), []string{"a=one", "c=two"}, []string{"a=other", "c=two"}},
+		{"a symlink", func() error { return os.Symlink("c", in("s")) }, []string{"a=one", "c=two"}, []string{"a=other", "c=two", "s -> c"}},
+		{"its name too", synced(""), []string{"a=one", "c=two", "s -> c"}, []string{"a=other", "c=two", "s -> c"}},
 	}
 	for _, s := range steps {
 		if err := s.do(); err != nil {

@@ -11,7 +11,7 @@
 //
 //   - a file's bytes and length are safe after an fsync of that file; until then each 512-byte sector written since is the
 //     old or the new one, on its own, and the length is anything between the old and the new;
-//   - a name (of a new file or folder, a hard link, a rename, a removal) is safe after an fsync of the folder it is in;
+//   - a name (of a new file or folder, a link, a rename, a removal) is safe after an fsync of the folder it is in;
 //   - changes of names in one folder reach the disk in their order; those in different folders in any;
 //   - a rename is one change, also between folders: it never leaves both names or none;
 //   - an fsync of a file says nothing about its name, one of a folder nothing about what its files hold.

@@ -87,7 +87,7 @@ type node struct {
 	mode     uint32
 	links    uint32
 	modified time.Time
-	data     []byte // of a file
+	data     []byte // of a file; where a symlink leads
 }
 
 var _ interface {
@@ -99,6 +99,8 @@ var _ interface {
 	fs.NodeFsyncer
 	fs.NodeMkdirer
 	fs.NodeCreater
+	fs.NodeSymlinker
+	fs.NodeReadlinker
 	fs.NodeLinker
 	fs.NodeUnlinker
 	fs.NodeRmdirer
@@ -203,6 +205,21 @@ func (n *node) Create(ctx context.Context, name string, flags, mode uint32, out 
 	child.attr(&out.Attr)
 	return inode, nil, fuse.FOPEN_DIRECT_IO, 0
 }
+
+func (n *node) Symlink(ctx context.Context, target, name string, out *fuse.EntryOut) (*fs.Inode, syscall.Errno) {
+	n.fs.mu.Lock()
+	defer n.fs.mu.Unlock()
+	if n.GetChild(name) != nil {
+		return nil, syscall.EEXIST
+	}
+	child, inode := n.add(ctx, syscall.S_IFLNK, 0o777)
+	child.data = []byte(target)
+	n.fs.record(op{kind: opSymlink, folder: n.id, name: name, node: child.id, toName: target})
+	child.attr(&out.Attr)
+	return inode, 0
+}
+
+func (n *node) Readlink(context.Context) ([]byte, syscall.Errno) { return n.data, 0 }
 
 func (n *node) Link(_ context.Context, target fs.InodeEmbedder, name string, out *fuse.EntryOut) (*fs.Inode, syscall.Errno) {
 	n.fs.mu.Lock()

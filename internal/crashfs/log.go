@@ -15,6 +15,7 @@ type kind int
 const (
 	opMkdir kind = iota
 	opCreate
+	opSymlink
 	opLink
 	opUnlink
 	opRmdir
@@ -32,7 +33,7 @@ type op struct {
 	name     string
 	node     uint64 // what is named, written or synced: a folder can be synced too
 	toFolder uint64 // of a rename
-	toName   string
+	toName   string // of a symlink: where it leads
 	off      int64
 	data     []byte
 	size     int64
@@ -83,10 +84,12 @@ func (l Log) Marks(cut int) []string {
 	return marks
 }
 
-// State is what a disk holds: folders by their nodes, each with names and what they name, and the bytes of the files.
+// State is what a disk holds: folders by their nodes, each with names and what they name, the bytes of the files, and
+// where symlinks lead.
 type State struct {
-	folders map[uint64]map[string]uint64
-	files   map[uint64][]byte
+	folders  map[uint64]map[string]uint64
+	files    map[uint64][]byte
+	symlinks map[uint64]string
 }
 
 // Least is the state in which nothing is there that was not made safe before the cut.
@@ -106,7 +109,7 @@ func (l Log) Some(cut int, r *rand.Rand) *State {
 
 // build replays the names for which there is true, and gives each file the bytes that content decides on.
 func (l Log) build(cut int, there func(int) bool, content func(node uint64, safe, all []byte) []byte) *State {
-	s := &State{folders: map[uint64]map[string]uint64{rootNode: {}}, files: map[uint64][]byte{}}
+	s := &State{folders: map[uint64]map[string]uint64{rootNode: {}}, files: map[uint64][]byte{}, symlinks: map[uint64]string{}}
 	for i, o := range l[:cut] {
 		if o.names() && there(i) {
 			s.rename(o)
@@ -131,6 +134,8 @@ func (s *State) rename(o op) {
 		if s.folders[o.node] == nil {
 			s.folders[o.node] = map[string]uint64{}
 		}
+	case opSymlink:
+		names[o.name], s.symlinks[o.node] = o.node, o.toName
 	case opCreate, opLink:
 		names[o.name] = o.node
 	case opUnlink, opRmdir:
@@ -149,7 +154,8 @@ func (s *State) named() map[uint64]bool {
 	files := map[uint64]bool{}
 	for _, names := range s.folders {
 		for _, node := range names {
-			if _, isFolder := s.folders[node]; !isFolder {
+			_, isFolder := s.folders[node]
+			if _, isSymlink := s.symlinks[node]; !isFolder && !isSymlink {
 				files[node] = true
 			}
 		}
@@ -281,6 +287,8 @@ func (s *State) sum(h *maphash.Hash, folder uint64, path string, first map[uint6
 		maphash.WriteComparable(h, at)
 		if _, isFolder := s.folders[node]; isFolder {
 			s.sum(h, node, at, first)
+		} else if target, ok := s.symlinks[node]; ok {
+			maphash.WriteComparable(h, target)
 		} else if link, ok := first[node]; ok {
 			maphash.WriteComparable(h, link)
 		} else {
@@ -309,5 +317,5 @@ func (l Log) At(i int) string {
 	case opRename:
 		return fmt.Sprintf("rename %s to %s", o.name, o.toName)
 	}
-	return fmt.Sprintf("%s %s", [...]string{"mkdir", "create", "link", "unlink", "rmdir"}[o.kind], o.name)
+	return fmt.Sprintf("%s %s", [...]string{"mkdir", "create", "symlink", "link", "unlink", "rmdir"}[o.kind], o.name)
 }

@@ -27,6 +27,8 @@ func (s *State) save(dir string, folder uint64, saved map[uint64]string) error {
 		var err error
 		if _, isFolder := s.folders[node]; isFolder {
 			err = s.save(path, node, saved)
+		} else if target, ok := s.symlinks[node]; ok {
+			err = os.Symlink(target, path)
 		} else if first, ok := saved[node]; ok {
 			err = os.Link(first, path)
 		} else {
