@@ -18,10 +18,8 @@ import (
 func TestFlippedByte(t *testing.T) {
 	const at = 20 << 20
 	t.Run("once on the only host", func(t *testing.T) {
-		f := newFaultRegistry(t, harness.FaultOptions{})
-		n := newFaultyNode(t, harness.Options{}, f)
 		im := random(t, 10, 40)
-		ref := f.AddImage(im, "once", "test")
+		f, n, ref := faulty(t, im, harness.FaultOptions{}, harness.Options{})
 		var flipped atomic.Bool
 		f.SetRule(layersOnly(im, func(*http.Request) *harness.Fault {
 			return &harness.Fault{Corrupt: func(p []byte, off int64) {
@@ -58,10 +56,8 @@ func TestFlippedByte(t *testing.T) {
 		t.Logf("of %d bytes the mirror sent %d, the server %d", im.Size(), mirror.SentTo(harness.Gantry), server.SentTo(harness.Gantry))
 	})
 	t.Run("always on the only host", func(t *testing.T) {
-		f := newFaultRegistry(t, harness.FaultOptions{})
-		n := newFaultyNode(t, harness.Options{}, f)
 		im := random(t, 12, 40)
-		ref := f.AddImage(im, "always", "test")
+		f, n, ref := faulty(t, im, harness.FaultOptions{}, harness.Options{})
 		f.SetRule(flipAlways(im.Layers[0].Digest, at))
 		_, err := n.Pull(t.Context(), "default", ref)
 		if err == nil {
@@ -96,10 +92,8 @@ func flipAlways(dgst digest.Digest, at int64) harness.Rule {
 // TestStalledConnection lets one connection send nothing more after 300 kB: it is given up within 15 s, and only
 // what belongs to its chunk can be sent twice.
 func TestStalledConnection(t *testing.T) {
-	f := newFaultRegistry(t, harness.FaultOptions{})
-	n := newFaultyNode(t, harness.Options{}, f)
 	im := random(t, 13, 100)
-	ref := f.AddImage(im, "stall", "test")
+	f, n, ref := faulty(t, im, harness.FaultOptions{}, harness.Options{})
 	var seen atomic.Int64
 	f.SetRule(layersOnly(im, func(*http.Request) *harness.Fault {
 		if seen.Add(1) == 3 {
@@ -116,7 +110,7 @@ func TestStalledConnection(t *testing.T) {
 		t.Fatal("no connection stalled")
 	}
 	stalled := requests[i]
-	waitFor(t, nil, func() bool { return !stalled.Ended().IsZero() })
+	until(t, nil, func() bool { return !stalled.Ended().IsZero() })
 	t.Logf("given up after %s, asked for %d bytes", stalled.Ended().Sub(stalled.Time).Round(time.Millisecond), asked(stalled))
 	// A second more: for the bytes before the stall, and for the registry to see the connection end.
 	if took := stalled.Ended().Sub(stalled.Time); took > 16*time.Second {
@@ -138,10 +132,8 @@ func requestsOf(requests []*harness.Request, dgst digest.Digest) []*harness.Requ
 
 // TestRangeIgnored has a host that always sends the whole blob: it is read once, by one stream.
 func TestRangeIgnored(t *testing.T) {
-	f := newFaultRegistry(t, harness.FaultOptions{})
-	n := newFaultyNode(t, harness.Options{}, f)
 	im := random(t, 14, 60, 40)
-	ref := f.AddImage(im, "plain", "test")
+	f, n, ref := faulty(t, im, harness.FaultOptions{}, harness.Options{})
 	f.SetRule(layersOnly(im, func(*http.Request) *harness.Fault { return &harness.Fault{IgnoreRange: true} }))
 	mustPull(t, n, "default", ref)
 	checkWhole(t, n, "default", ref, im)
@@ -167,10 +159,8 @@ func TestRangeIgnored(t *testing.T) {
 func TestWrongRange(t *testing.T) {
 	for name, every := range map[string]int64{"always": 1, "one in three": 3} {
 		t.Run(name, func(t *testing.T) {
-			f := newFaultRegistry(t, harness.FaultOptions{})
-			n := newFaultyNode(t, harness.Options{}, f)
 			im := random(t, 15, 40)
-			ref := f.AddImage(im, "shifted", "test")
+			f, n, ref := faulty(t, im, harness.FaultOptions{}, harness.Options{})
 			var seen atomic.Int64
 			f.SetRule(layersOnly(im, func(*http.Request) *harness.Fault {
 				if seen.Add(1)%every == 0 {
@@ -189,10 +179,8 @@ func TestWrongRange(t *testing.T) {
 
 // TestShortReplies has a host that answers every other request with half of what was asked for: nothing is lost.
 func TestShortReplies(t *testing.T) {
-	f := newFaultRegistry(t, harness.FaultOptions{})
-	n := newFaultyNode(t, harness.Options{}, f)
 	im := random(t, 16, 60)
-	ref := f.AddImage(im, "short", "test")
+	f, n, ref := faulty(t, im, harness.FaultOptions{}, harness.Options{})
 	var seen atomic.Int64
 	f.SetRule(layersOnly(im, func(*http.Request) *harness.Fault { return &harness.Fault{Short206: seen.Add(1)%2 == 0} }))
 	mustPull(t, n, "default", ref)

@@ -26,10 +26,8 @@ func asked(r *harness.Request) int64 {
 // TestRetryAfter wants a host that asks for three seconds to be left alone for as long, by all transfers.
 func TestRetryAfter(t *testing.T) {
 	const wanted = 3 * time.Second
-	f := newFaultRegistry(t, harness.FaultOptions{})
-	n := newFaultyNode(t, harness.Options{}, f)
 	im := random(t, 20, 60, 60)
-	ref := f.AddImage(im, "patience", "test")
+	f, n, ref := faulty(t, im, harness.FaultOptions{}, harness.Options{})
 	var seen atomic.Int64
 	f.SetRule(layersOnly(im, func(*http.Request) *harness.Fault {
 		if seen.Add(1) == 4 {
@@ -63,15 +61,13 @@ func TestRetryAfter(t *testing.T) {
 	checkSent(t, f, im, 1.02)
 }
 
-// credentials is what stands in gantryd's table [registry], with a config.json of docker's that knows the host.
-func credentials(t *testing.T, host, login string) string {
+// knowsLogin writes the config.json of docker's that the node's gantryd reads.
+func knowsLogin(t *testing.T, n *harness.Node, host, login string) {
 	t.Helper()
-	path := filepath.Join(t.TempDir(), "config.json")
 	config := fmt.Sprintf(`{"auths": {%q: {"auth": %q}}}`, host, base64.StdEncoding.EncodeToString([]byte(login)))
-	if err := os.WriteFile(path, []byte(config), 0o600); err != nil {
+	if err := os.WriteFile(filepath.Join(n.Dir, "docker.json"), []byte(config), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	return fmt.Sprintf("credentials = %q\n", path)
 }
 
 // smallChunks makes many requests of a blob, so that what is to expire expires between two of them.
@@ -86,10 +82,9 @@ func TestLogins(t *testing.T) {
 		"bearer, anonymous": {Bearer: true, TokenLife: time.Second, Total: 20_000_000},
 	} {
 		t.Run(name, func(t *testing.T) {
-			f := newFaultRegistry(t, o)
-			n := newFaultyNode(t, harness.Options{GantryExtra: credentials(t, f.Host(), login) + smallChunks}, f)
 			im := random(t, 21, 40, 20)
-			ref := f.AddImage(im, "private/image", "test")
+			f, n, ref := faulty(t, im, o, harness.Options{GantryExtra: smallChunks})
+			knowsLogin(t, n, f.Host(), login)
 			mustPull(t, n, "default", ref, "--user", login)
 			checkWhole(t, n, "default", ref, im)
 			checkFetcher(t, f, im)
@@ -115,10 +110,9 @@ func TestLogins(t *testing.T) {
 // it expires, and the storage never sees the login.
 func TestExpiringRedirects(t *testing.T) {
 	const life = time.Second
-	f := newFaultRegistry(t, harness.FaultOptions{Basic: login, Redirect: true, SignatureLife: life, Total: 20_000_000})
-	n := newFaultyNode(t, harness.Options{GantryExtra: credentials(t, f.Host(), login) + smallChunks}, f)
 	im := random(t, 22, 40, 20)
-	ref := f.AddImage(im, "elsewhere", "test")
+	f, n, ref := faulty(t, im, harness.FaultOptions{Basic: login, Redirect: true, SignatureLife: life, Total: 20_000_000}, harness.Options{GantryExtra: smallChunks})
+	knowsLogin(t, n, f.Host(), login)
 	mustPull(t, n, "default", ref, "--user", login)
 	checkWhole(t, n, "default", ref, im)
 	checkFetcher(t, f, im)

@@ -57,6 +57,13 @@ func newFaultyNode(t *testing.T, o harness.Options, registries ...*harness.Fault
 	return n
 }
 
+// faulty is what most of these tests need: a registry that has the image, and a node that can reach it.
+func faulty(t *testing.T, im *harness.Image, o harness.FaultOptions, node harness.Options) (f *harness.FaultRegistry, n *harness.Node, ref string) {
+	t.Helper()
+	f = newFaultRegistry(t, o)
+	return f, newFaultyNode(t, node, f), f.AddImage(im, "faulty/image", "test")
+}
+
 // random is an image of uncompressed layers of so many MiB in which no two pages are the same. It costs little to make.
 func random(t *testing.T, seed uint64, layers ...int64) *harness.Image {
 	t.Helper()
@@ -103,11 +110,14 @@ func all(im *harness.Image) int64 { return im.Size() + im.Config.Size + im.Manif
 func checkSent(t *testing.T, f *harness.FaultRegistry, im *harness.Image, limit float64) {
 	t.Helper()
 	sent, body := float64(f.Sent()), int64(0)
+	var each []string
 	for _, l := range im.Layers {
-		body += f.SentBlob(l.Digest)
+		n := f.SentBlob(l.Digest)
+		body += n
+		each = append(each, fmt.Sprintf("%.3f", float64(n)/float64(l.Size)))
 	}
-	t.Logf("sent %.4f x the image's %d bytes (layers' bodies alone %.4f x), in %d requests",
-		sent/float64(all(im)), all(im), float64(body)/float64(im.Size()), len(f.Requests()))
+	t.Logf("sent %.4f x the image's %d bytes (layers' bodies alone %.4f x: %s), in %d requests",
+		sent/float64(all(im)), all(im), float64(body)/float64(im.Size()), strings.Join(each, ", "), len(f.Requests()))
 	if sent > limit*float64(all(im)) {
 		t.Errorf("%.0f bytes were sent, %.4f x the image's %d, want at most %.2f x", sent, sent/float64(all(im)), all(im), limit)
 	}
@@ -188,10 +198,8 @@ func checkLog(t *testing.T, n *harness.Node, words ...string) {
 
 // TestCutConnections resets connections every 4 MB on average and answers one request in ten with 503.
 func TestCutConnections(t *testing.T) {
-	f := newFaultRegistry(t, harness.FaultOptions{})
-	n := newFaultyNode(t, harness.Options{}, f)
 	im := random(t, 1, 100, 100)
-	ref := f.AddImage(im, "cut", "test")
+	f, n, ref := faulty(t, im, harness.FaultOptions{}, harness.Options{})
 	var mu sync.Mutex
 	chance := rand.New(rand.NewPCG(4, 4))
 	var refused, cut int
@@ -216,53 +224,8 @@ func TestCutConnections(t *testing.T) {
 	checkSent(t, f, im, 1.02)
 }
 
-// TestFiveKills kills gantryd at five random moments of one pull.
-func TestFiveKills(t *testing.T) {
-	f := newFaultRegistry(t, harness.FaultOptions{Total: 250_000_000})
-	n := newFaultyNode(t, harness.Options{}, f)
-	im := random(t, 2, 400, 300, 200, 124)
-	ref := f.AddImage(im, "kills", "test")
-	chance := rand.New(rand.NewPCG(5, 6))
-	var moments []int64
-	for range 5 {
-		moments = append(moments, chance.Int64N(all(im)))
-	}
-	slices.Sort(moments)
-	pulled := make(chan error, 1)
-	var failed int
-	go func() {
-		// As a kubelet does, for as long as gantryd is killed, and while containerd finds out that it is back.
-		for {
-			_, err := n.Pull(t.Context(), "default", ref)
-			if err == nil || failed >= 50 {
-				pulled <- err
-				return
-			}
-			failed++
-			time.Sleep(100 * time.Millisecond)
-		}
-	}()
-	for _, moment := range moments {
-		waitFor(t, pulled, func() bool { return f.Sent() >= moment })
-		n.KillGantryd()
-		if err := n.StartGantryd(t.Context()); err != nil {
-			t.Fatal(err)
-		}
-	}
-	if err := <-pulled; err != nil {
-		t.Fatal(err)
-	}
-	t.Logf("killed when %v bytes were sent; %d pulls failed", moments, failed)
-	if failed < len(moments) {
-		t.Errorf("%d pulls failed for %d kills", failed, len(moments))
-	}
-	checkWhole(t, n, "default", ref, im)
-	checkFetcher(t, f, im)
-	checkSent(t, f, im, 1.05)
-}
-
-// waitFor polls until done. The end of the pull before that is a failure.
-func waitFor(t *testing.T, pulled <-chan error, done func() bool) {
+// until polls until done. The end of the pull before that is a failure.
+func until(t *testing.T, pulled <-chan error, done func() bool) {
 	t.Helper()
 	tick := time.NewTicker(5 * time.Millisecond)
 	defer tick.Stop()
