@@ -3,6 +3,7 @@ package integration
 import (
 	"context"
 	"fmt"
+	"net/http"
 	"path/filepath"
 	"testing"
 
@@ -78,4 +79,35 @@ func sharing(t *testing.T, f *harness.FaultRegistry, keys string) (first, second
 func pullDefault(ctx context.Context, n *harness.Node, ref string) error {
 	_, err := n.Pull(ctx, "default", ref)
 	return err
+}
+
+// TestOneFallsBackForAll has three clients wait for layers that gantry is refused: one of them fetches, and the others
+// follow it.
+func TestOneFallsBackForAll(t *testing.T) {
+	im := random(t, 33, 60, 40, 20)
+	f, n, ref := faulty(t, im, harness.FaultOptions{}, harness.Options{})
+	f.SetRule(func(r *http.Request) *harness.Fault {
+		if fromGantry(r) && isBlob(r) {
+			return &harness.Fault{Status: http.StatusUnauthorized}
+		}
+		return nil
+	})
+	g, ctx := errgroup.WithContext(t.Context())
+	for i := range 3 {
+		g.Go(func() error { return n.PullClient(ctx, fmt.Sprintf("ns%d", i), ref) })
+	}
+	if err := g.Wait(); err != nil {
+		t.Fatal(err)
+	}
+	for i := range 3 {
+		checkImage(t, n, fmt.Sprintf("ns%d", i), ref)
+	}
+	checkFiles(t, n, im)
+	for i, l := range im.Layers {
+		sent := f.BlobBytes()[l.Digest]
+		t.Logf("layer %d: %.2f x", i, float64(sent["containerd"])/float64(l.Size))
+		if sent["containerd"] > l.Size*11/10 || sent[harness.Gantry] != 0 {
+			t.Errorf("layer %d of %d bytes was sent as %v, want all of it to containerd about once", i, l.Size, sent)
+		}
+	}
 }
