@@ -54,9 +54,13 @@ func folderDigest(name string) string {
 	return encoded
 }
 
-// openFolder opens what an earlier transfer left, or makes an empty folder.
-func openFolder(path string, b Blob) (*folder, error) {
+// openFolder opens what an earlier transfer left, or makes an empty folder. finished: only a finished one will do, and
+// the error is errNeedsLock if it is none.
+func openFolder(path string, b Blob, finished bool) (*folder, error) {
 	f := &folder{path: path, blob: b}
+	if finished {
+		return f, f.reopenFinished()
+	}
 	if err := os.MkdirAll(path, 0o700); err != nil {
 		return nil, err
 	}
@@ -71,6 +75,17 @@ func openFolder(path string, b Blob) (*folder, error) {
 	return f, nil
 }
 
+func (f *folder) reopenFinished() error {
+	err := f.reopen()
+	switch {
+	case errors.Is(err, fs.ErrNotExist), errors.Is(err, errStateHeader):
+		return errNeedsLock
+	case err == nil && !f.sealed:
+		return errors.Join(errNeedsLock, f.closeState(), f.data.Close())
+	}
+	return err
+}
+
 func (f *folder) reopen() (err error) {
 	state, log, err := openState(filepath.Join(f.path, stateName))
 	if err != nil {
@@ -81,7 +96,7 @@ func (f *folder) reopen() (err error) {
 			err = errors.Join(err, state.Close())
 		}
 	}()
-	if log.size != f.blob.Size || hex.EncodeToString(log.sum[:]) != f.blob.Digest.Encoded() {
+	if log.blob() != f.blob {
 		return errStateHeader
 	}
 	path := filepath.Join(f.path, dataName)

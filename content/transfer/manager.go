@@ -65,7 +65,7 @@ type Phase string
 // The phases of a transfer.
 const (
 	PhaseWaiting   Phase = "waiting"   // for its turn or for the first byte
-	PhaseLock      Phase = "lock"      // another process fetches the blob
+	PhaseLock      Phase = "lock"      // another process fetches the blob; what it has is shown
 	PhaseFetching  Phase = "fetching"  // bytes arrive
 	PhaseVerifying Phase = "verifying" // all bytes are there; hashing and fsync
 	PhaseComplete  Phase = "complete"
@@ -286,9 +286,9 @@ func (j *job) status() Status {
 		Err: cmp.Or(j.err, j.lastErr),
 	}
 	if !j.verified {
-		s.Received = j.ledger.there()
+		s.Received = max(j.ledger.there(), j.elsewhere, j.frontier)
 	}
-	if j.phase == PhaseFetching {
+	if j.phase == PhaseFetching || j.phase == PhaseLock {
 		s.Rate = j.rate.value()
 	}
 	if j.phase == PhaseComplete {
