@@ -149,7 +149,7 @@ func (f *folder) reset() error {
 		return errors.Join(err, data.Close())
 	}
 	f.data, f.state, f.sealed = data, state, false
-	f.log = &stateLog{}
+	f.log = &stateLog{blocks: map[uint32]record{}}
 	return nil
 }
 

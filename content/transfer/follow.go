@@ -183,7 +183,7 @@ func (j *job) announce(ctx context.Context, name string) {
 		return
 	}
 	j.places.following = name
-	log.G(ctx).WithField("digest", j.blob.Digest).Infof("%s fetches the blob in %s: following it", holder(lockPath(j.root, name)), folderPath(j.root, name))
+	j.logger(ctx, name).Infof("%s fetches the blob: following it", holder(lockPath(j.root, name)))
 	j.setPhase(PhaseLock)
 }
 
@@ -198,13 +198,16 @@ func (j *job) relieve(ctx context.Context, name string) (*holding, error) {
 	}
 	j.places.following = ""
 	delete(j.places.vigils, name)
-	l := log.G(ctx).WithField("digest", j.blob.Digest)
 	if j.places.complete(name) {
-		l.Infof("the blob that was waited for is complete in %s", folderPath(j.root, name))
+		j.logger(ctx, name).Info("the blob that was waited for is complete")
 	} else {
-		l.Infof("whoever fetched the blob in %s stopped: going on from %d of %d bytes", folderPath(j.root, name), j.shown(), j.blob.Size)
+		j.logger(ctx, name).Infof("whoever fetched the blob has stopped: going on from %d of %d bytes", j.shown(), j.blob.Size)
 	}
 	return h, nil
+}
+
+func (j *job) logger(ctx context.Context, name string) *log.Entry {
+	return log.G(ctx).WithField("digest", j.blob.Digest).WithField("folder", folderPath(j.root, name))
 }
 
 func (j *job) shown() int64 {

@@ -4,10 +4,9 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"path/filepath"
 	"sync"
 	"time"
-
-	"github.com/containerd/log"
 )
 
 const (
@@ -166,7 +165,7 @@ func (j *job) work(ctx context.Context, hold *holding) error {
 	} else if done, bad := j.adopt(ctx, hold, f); done || bad != nil {
 		return bad
 	} else if err = j.switchTo(f, false); err == nil {
-		log.G(ctx).WithField("digest", j.blob.Digest).Warnf("finished transfer %s does not match its digest: fetching again", path)
+		j.logger(ctx, hold.name).Warn("the finished transfer does not match its digest: fetching again")
 		err = j.restart("")
 	}
 	if err != nil {
@@ -267,7 +266,7 @@ func (j *job) moveElsewhere(ctx context.Context, own *holding) (*holding, error)
 	if err != nil {
 		return nil, errors.Join(err, other.lock.Close())
 	}
-	log.G(ctx).WithField("digest", j.blob.Digest).Infof("another process completed the blob in %s: taking it from there", f.path)
+	j.logger(ctx, name).Info("another process completed the blob: taking it from there")
 	return other, own.drop(folderPath(j.root, own.name))
 }
 
@@ -300,8 +299,8 @@ func (j *job) goOn(ctx context.Context, f *folder) error {
 			return errors.Join(diskError(f.path, err), f.closeState(), f.data.Close())
 		}
 		keep = n == shown
-		log.G(ctx).WithField("digest", j.blob.Digest).Warnf("whoever fetches the blob in %s made no progress for %s: going on in %s from %d of %d bytes",
-			old.path, j.opts.GiveUp, f.path, n, j.blob.Size)
+		j.logger(ctx, filepath.Base(f.path)).Warnf("whoever fetches the blob in %s made no progress for %s: going on with a copy, from %d of %d bytes",
+			old.path, j.opts.GiveUp, n, j.blob.Size)
 	}
 	return j.switchTo(f, keep)
 }

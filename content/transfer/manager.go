@@ -70,6 +70,7 @@ const (
 	PhaseVerifying Phase = "verifying" // all bytes are there; hashing and fsync
 	PhaseComplete  Phase = "complete"
 	PhaseFailed    Phase = "failed" // what was fetched is kept
+	PhaseKept      Phase = "kept"   // left on disk by an earlier process or another one; Started is when it was written last
 )
 
 // Status is a transfer as `gantry status` shows it. Sizes in bytes, Rate in bytes a second.
@@ -95,6 +96,7 @@ type Manager struct {
 	root   string
 	opts   Options
 	shared *shared
+	kept   *kept
 	wg     sync.WaitGroup
 
 	mu     sync.Mutex // taken before job.mu
@@ -120,6 +122,7 @@ func New(root string, o Options) (*Manager, error) {
 		root: root,
 		opts: o,
 		jobs: map[Blob]*job{},
+		kept: &kept{root: root, seen: map[string]keptFolder{}},
 		shared: &shared{
 			conns:   newLimiter(o.ConnectionsPerHost),
 			running: make(chan struct{}, o.MaxTransfers),
@@ -260,8 +263,10 @@ func (m *Manager) abandon(j *job) {
 	j.cancel(errAbandoned)
 }
 
-// List shows the transfers under way, those complete that somebody still holds, and the last ones that failed.
+// List shows the transfers under way, those complete that somebody still holds, the last ones that failed, and what else
+// lies on disk that nobody links.
 func (m *Manager) List() []Status {
+	left := m.kept.list()
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	list := slices.Clone(m.failed)
@@ -269,6 +274,12 @@ func (m *Manager) List() []Status {
 		s := j.status()
 		s.Waiters = j.waiters
 		list = append(list, s)
+	}
+	known := list
+	for _, s := range left {
+		if !slices.ContainsFunc(known, func(k Status) bool { return k.Digest == s.Digest && k.Size == s.Size }) {
+			list = append(list, s)
+		}
 	}
 	slices.SortFunc(list, func(a, b Status) int {
 		return cmp.Or(a.Started.Compare(b.Started), cmp.Compare(a.Digest, b.Digest))
