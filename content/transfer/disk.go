@@ -149,7 +149,10 @@ func (f *folder) reset() error {
 		return errors.Join(err, data.Close())
 	}
 	f.data, f.state, f.sealed = data, state, false
-	f.log = &stateLog{blocks: map[uint32]record{}}
+	f.log = &stateLog{
+		stateHeader: stateHeader{size: f.blob.Size, sum: [32]byte(sum), generation: state.generation},
+		blocks:      map[uint32]record{},
+	}
 	return nil
 }
 

@@ -246,7 +246,7 @@ func (j *job) watchTail(ctx context.Context, name string, t *tail) (*tail, bool,
 	}
 	if contradicted {
 		// Its holder found that bytes were wrong which readers may have.
-		if err := j.startOver(t); err != nil {
+		if err := j.showAnew(t); err != nil {
 			return t, false, err
 		}
 	}
@@ -261,15 +261,15 @@ func (j *job) show(t *tail) error {
 	if old == nil || frontier == 0 {
 		return j.switchTo(t.folder, true)
 	}
-	if old.path == t.folder.path && !sameData(old, t.folder) {
-		return j.switchTo(t.folder, false) // its holder threw the old file away
+	if old.path == t.folder.path && !sameAs(old, t.folder) {
+		return j.switchTo(t.folder, false) // its holder found the bytes wrong
 	}
 	t.hidden = frontier
 	return nil
 }
 
-// startOver shows the tail's file from its start.
-func (j *job) startOver(t *tail) error {
+// showAnew shows the tail's file from its start.
+func (j *job) showAnew(t *tail) error {
 	t.frontier, t.hidden = 0, 0
 	return j.switchTo(t.folder, false)
 }
@@ -311,7 +311,7 @@ func (j *job) reveal(ctx context.Context, t *tail) error {
 		return err
 	}
 	if !same {
-		return j.startOver(t)
+		return j.showAnew(t)
 	}
 	t.frontier, t.hidden = t.hidden, 0
 	return j.switchTo(t.folder, true)
@@ -367,10 +367,14 @@ func sameData(a, b *folder) bool {
 	return err == nil && os.SameFile(x, y)
 }
 
+// sameAs reports whether two looks at a folder saw the same bytes, more or less of them. A holder that finds some of them
+// wrong begins a new state file, and may go on in the data file.
+func sameAs(a, b *folder) bool { return sameData(a, b) && a.log.generation == b.log.generation }
+
 // samePrefix compares the first n bytes of two folders.
 func samePrefix(ctx context.Context, a, b *folder, n int64) (bool, error) {
 	if sameData(a, b) {
-		return true, nil
+		return sameAs(a, b), nil
 	}
 	p, q := make([]byte, blockSize), make([]byte, blockSize)
 	for off := int64(0); off < n; off += blockSize {

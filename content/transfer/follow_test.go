@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"hash/crc32"
 	"io/fs"
 	"os"
 	"path/filepath"
@@ -458,5 +459,62 @@ func TestFullestFolder(t *testing.T) {
 	}
 	if left, _ := filepath.Glob(filepath.Join(root, "*", "sha256-*")); len(left) > 1 {
 		t.Errorf("left: %v", left)
+	}
+}
+
+// TestFollowNewState has a holder begin a new state file beside the same data, as after blocks that turned out wrong: who
+// read the old bytes is told, whether the holder is followed or relieved.
+func TestFollowNewState(t *testing.T) {
+	t.Parallel()
+	for name, relieve := range map[string]bool{"followed": false, "relieved": true} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			data, b := randomBlob(13, 3<<20)
+			root := t.TempDir()
+			m := newManager(t, root, lockOptions)
+			path := folderPath(root, folderName(root, b))
+			hold, err := tryExclusive(root, filepath.Base(path))
+			if err != nil {
+				t.Fatal(err)
+			}
+			f, err := openFolder(path, b, false)
+			if err != nil {
+				t.Fatal(err)
+			}
+			block := func(f *folder, n uint32, p []byte) {
+				_, err := f.data.WriteAt(p, int64(n)*blockSize)
+				if err := errors.Join(err, f.record(n, int64(len(p)), crc32.Checksum(p, castagnoli))); err != nil {
+					t.Fatal(err)
+				}
+			}
+			block(f, 0, bytes.Repeat([]byte("x"), blockSize))
+			block(f, 1, data[blockSize:2*blockSize])
+			h := join(t, m, b, &fakeSource{host: "a", data: data})
+			frontierOf(t, h, 2*blockSize)
+			readPart(t, h, 2*blockSize)
+			sum := f.log.sum
+			if err := errors.Join(f.closeState(), os.Remove(filepath.Join(path, stateName))); err != nil {
+				t.Fatal(err)
+			}
+			if f.state, err = createState(filepath.Join(path, stateName), b.Size, sum); err != nil {
+				t.Fatal(err)
+			}
+			block(f, 0, data[:blockSize])
+			block(f, 1, data[blockSize:2*blockSize])
+			if !relieve {
+				block(f, 2, data[2*blockSize:3*blockSize])
+				eventually(t, "told to start again", func() bool {
+					_, err := h.ReadAt(t.Context(), make([]byte, 1), 1)
+					return errors.Is(err, ErrRestarted)
+				})
+			}
+			if err := errors.Join(f.closeState(), f.data.Close(), hold.lock.Close()); err != nil {
+				t.Fatal(err)
+			}
+			if err := h.Wait(t.Context()); !errors.Is(err, ErrRestarted) {
+				t.Errorf("wait: %v", err)
+			}
+			complete(t, h, data)
+		})
 	}
 }

@@ -290,9 +290,9 @@ func (j *job) goOn(ctx context.Context, f *folder) error {
 	j.mu.Unlock()
 	keep := true
 	switch {
-	case old == nil || shown == 0 || sameData(old, f):
+	case old == nil || shown == 0 || sameAs(old, f):
 	case old.path == f.path:
-		keep = false // its holder threw the old file away before it ended
+		keep = false // its holder found the bytes wrong before it ended
 	default:
 		n, err := f.inherit(ctx, old, shown)
 		if err != nil {
