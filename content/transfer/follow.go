@@ -136,21 +136,15 @@ func (t *tail) close(used bool) error {
 
 // follow shows what the holder of a folder fetches until this process has something to do itself: then it holds the
 // lock. Without one: look around again, for the holder is stuck or the blob was finished elsewhere.
-func (j *job) follow(ctx context.Context, name string) (hold *holding, err error) {
+func (j *job) follow(ctx context.Context, name string) (*holding, error) {
 	j.announce(ctx, name)
-	var t *tail
-	defer func() {
-		if t != nil {
-			err = errors.Join(err, t.close(j.uses(t.folder)))
-		}
-	}()
 	looked := time.Now()
 	for poll := lockPollMin; ; poll = min(2*poll, lockPollMax) {
-		moved := false
-		if t, moved, err = j.watchTail(ctx, name, t); err != nil {
+		moved, err := j.watchTail(ctx, name)
+		if err != nil {
 			return nil, err
 		}
-		if hold, err = j.relieve(ctx, name); hold != nil || err != nil {
+		if hold, err := j.relieve(ctx, name); hold != nil || err != nil {
 			return hold, err
 		}
 		if moved {
@@ -169,6 +163,16 @@ func (j *job) follow(ctx context.Context, name string) (hold *holding, err error
 			looked = time.Now()
 		}
 	}
+}
+
+// leaveTail closes what is open only to follow; what readers read stays.
+func (j *job) leaveTail() error {
+	t := j.places.tail
+	j.places.tail = nil
+	if t == nil {
+		return nil
+	}
+	return t.close(j.uses(t.folder))
 }
 
 func (j *job) uses(f *folder) bool {
@@ -217,40 +221,46 @@ func (j *job) shown() int64 {
 }
 
 // watchTail shows what is new in a folder. It opens the folder, again if its holder started again from nothing.
-func (j *job) watchTail(ctx context.Context, name string, t *tail) (*tail, bool, error) {
-	if t != nil && !t.current() {
-		if err := t.close(j.uses(t.folder)); err != nil {
-			return nil, false, err
-		}
-		t = nil
-	}
-	if t == nil {
-		if j.places.isRefused(name) {
-			return nil, false, nil
-		}
-		var err error
-		t, err = openTail(folderPath(j.root, name), j.blob)
-		if errors.Is(err, fs.ErrNotExist) || errors.Is(err, errStateHeader) {
-			return nil, false, nil
-		}
-		if err != nil {
-			return nil, false, diskError(folderPath(j.root, name), err)
-		}
-		if err := j.show(t); err != nil {
-			return t, false, err
+func (j *job) watchTail(ctx context.Context, name string) (moved bool, err error) {
+	path := folderPath(j.root, name)
+	if t := j.places.tail; t != nil && (t.folder.path != path || !t.current()) {
+		if err := j.leaveTail(); err != nil {
+			return false, err
 		}
 	}
+	if j.places.tail == nil {
+		if err := j.openTail(name); j.places.tail == nil || err != nil {
+			return false, err
+		}
+	}
+	t := j.places.tail
 	moved, contradicted, err := t.read()
 	if err != nil {
-		return t, false, diskError(t.folder.path, err)
+		return false, diskError(path, err)
 	}
 	if contradicted {
 		// Its holder found that bytes were wrong which readers may have.
 		if err := j.showAnew(t); err != nil {
-			return t, false, err
+			return false, err
 		}
 	}
-	return t, moved, j.catchUp(ctx, t)
+	return moved, j.catchUp(ctx, t)
+}
+
+// openTail opens a folder if there is something in it to follow.
+func (j *job) openTail(name string) error {
+	if j.places.isRefused(name) {
+		return nil
+	}
+	t, err := openTail(folderPath(j.root, name), j.blob)
+	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, errStateHeader) {
+		return nil
+	}
+	if err != nil {
+		return diskError(folderPath(j.root, name), err)
+	}
+	j.places.tail = t
+	return j.show(t)
 }
 
 // show gives readers the tail's file, at once if they have nothing else.

@@ -32,7 +32,12 @@ func (j *job) run(ctx context.Context) error {
 
 // seek waits until there is a folder for this job to work in, or a finished one. There is no limit to that as long as
 // somebody else makes progress.
-func (j *job) seek(ctx context.Context) (*holding, error) {
+func (j *job) seek(ctx context.Context) (hold *holding, err error) {
+	defer func() {
+		if err = errors.Join(err, j.leaveTail()); err != nil && hold != nil {
+			err = errors.Join(err, hold.lock.Close())
+		}
+	}()
 	for {
 		hold, name, err := j.survey()
 		if err == nil && hold == nil && name != "" {

@@ -36,6 +36,7 @@ type places struct {
 	// Used only while the job waits.
 	vigils    map[string]*vigil
 	following string // was announced in the log
+	tail      *tail
 
 	mu      sync.Mutex
 	refused map[string]refused

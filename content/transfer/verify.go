@@ -169,7 +169,9 @@ func (j *job) resume() ([]*check, error) {
 			checks[n-1].recs = append(checks[n-1].recs, r)
 			continue
 		}
-		checks = append(checks, &check{span: l.take(start, end), recs: []record{r}})
+		s := l.take(start, end)
+		s.recorded = true
+		checks = append(checks, &check{span: s, recs: []record{r}})
 	}
 	j.mu.Lock()
 	defer j.mu.Unlock()
