@@ -2,46 +2,35 @@ package transfer
 
 import (
 	"context"
-	"errors"
-	"fmt"
-	"hash/crc32"
-	"io"
+
+	"github.com/gantryd/gantry/content/clone"
 )
 
 // inherit fills a folder with the first n bytes of another one whose holder may still be there: only blocks that match
 // their records, each recorded here too. Where the file system can, the bytes are shared and not copied. It returns
 // how many came over.
 func (f *folder) inherit(ctx context.Context, from *folder, n int64) (int64, error) {
-	cloned := n / blockSize * blockSize
-	if cloned > 0 && reflink(f.data, from.data, cloned) != nil {
-		cloned = 0
+	last := from.log.blocks[uint32((n-1)/blockSize)]
+	end := max(n, int64(last.block)*blockSize+int64(last.length)) // its checksum is over all of the block
+	if _, err := clone.Range(ctx, f.data, from.data, 0, end); err != nil {
+		return 0, err
 	}
 	buf := make([]byte, blockSize)
 	for off := int64(0); off < n; off = blockEnd(off) {
 		if ctx.Err() != nil {
 			return off, context.Cause(ctx)
 		}
-		block := uint32(off / blockSize)
-		r := from.log.blocks[block]
-		want := min(n-off, blockLen(f.blob.Size, block))
-		if int64(r.length) < want {
+		r := from.log.blocks[uint32(off/blockSize)]
+		if off+int64(r.length) < min(n, blockEnd(off)) {
 			return off, nil
 		}
-		if _, err := from.data.ReadAt(buf[:r.length], off); err != nil && !errors.Is(err, io.EOF) {
-			return off, fmt.Errorf("read %s at %d: %w", from.path, off, err)
-		}
-		if crc32.Checksum(buf[:r.length], castagnoli) != r.crc {
-			return off, nil
-		}
-		if off >= cloned {
-			if _, err := f.data.WriteAt(buf[:r.length], off); err != nil {
-				return off, err
-			}
-		}
-		if err := f.record(block, int64(r.length), r.crc); err != nil {
+		if ok, err := f.holds(r, buf); !ok || err != nil {
 			return off, err
 		}
-		f.log.blocks[block] = r
+		if err := f.record(r.block, int64(r.length), r.crc); err != nil {
+			return off, err
+		}
+		f.log.blocks[r.block] = r
 	}
 	return n, nil
 }

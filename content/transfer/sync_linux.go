@@ -28,11 +28,6 @@ func linkFile(f *os.File, path string) error {
 	return nil
 }
 
-// reflink lets dst share the first n bytes of src.
-func reflink(dst, src *os.File, n int64) error {
-	return unix.IoctlFileCloneRange(int(dst.Fd()), &unix.FileCloneRange{Src_fd: int64(src.Fd()), Src_length: uint64(n)})
-}
-
 // lockOwner finds the process that has an flock on a file; 0 if that is nobody's business.
 func lockOwner(path string) int {
 	var st unix.Stat_t
