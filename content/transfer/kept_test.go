@@ -117,42 +117,39 @@ func TestFinishedByAnother(t *testing.T) {
 	}
 }
 
-// TestSweepPrivate sweeps the folders that were made beside a stuck holder's, and keeps the one in use.
+// TestSweepPrivate sweeps the folders that were made beside a stuck holder's, and keeps those in use.
 func TestSweepPrivate(t *testing.T) {
 	t.Parallel()
-	root := t.TempDir()
 	data, b := randomBlob(6, 4<<20)
 	o := lockOptions
 	o.KeepPartial = time.Nanosecond
-	m1 := newManager(t, root, o)
-	h1 := join(t, m1, b, &fakeSource{host: "a", data: data, reply: newGate(1 << 20).reply})
-	frontierOf(t, h1, 1<<20)
-	m2 := newManager(t, root, stuckAfter(100*time.Millisecond))
-	h2 := join(t, m2, b, &fakeSource{host: "a", data: data, reply: newGate(2 << 20).reply})
-	frontierOf(t, h2, 2<<20)
+	m := newManager(t, t.TempDir(), o)
+	patient := newManager(t, m.root, lockOptions)
+	h := join(t, m, b, &fakeSource{host: "a", data: data, reply: newGate(1 << 20).reply})
+	frontierOf(t, h, 1<<20)
+	w := newHandWritten(t, m.root, privateName(b, 1), data)
+	w.block(0, w.right(0))
 	folders := func() []string {
-		names, err := filepath.Glob(filepath.Join(root, "sha256-*"))
+		names, err := filepath.Glob(filepath.Join(m.root, "sha256-*"))
 		if err != nil {
 			t.Fatal(err)
 		}
 		return names
 	}
-	if err := errors.Join(m1.Sweep(t.Context()), m1.Forget(b.Digest)); err != nil || len(folders()) != 2 {
+	if err := errors.Join(m.Sweep(t.Context()), m.Forget(b.Digest)); err != nil || len(folders()) != 2 {
 		t.Fatalf("in use and swept: %v, %v left", err, folders())
 	}
-	if err := m2.Close(); err != nil {
-		t.Fatal(err)
-	}
-	if err := m1.Sweep(t.Context()); err != nil || len(folders()) != 1 {
-		t.Errorf("private folder of a process that ended: %v, %v left", err, folders())
-	}
-	if err := errors.Join(m1.Close(), m2.Sweep(t.Context())); err != nil || len(folders()) != 1 {
+	w.end()
+	if err := patient.Sweep(t.Context()); err != nil || len(folders()) != 2 {
 		t.Errorf("too young: %v, %v left", err, folders())
 	}
-	if err := m1.Forget(b.Digest); err != nil || len(folders()) != 0 {
+	if err := m.Sweep(t.Context()); err != nil || len(folders()) != 1 {
+		t.Errorf("private folder of a process that ended: %v, %v left", err, folders())
+	}
+	if err := errors.Join(m.Close(), m.Forget(b.Digest)); err != nil || len(folders()) != 0 {
 		t.Errorf("after Forget: %v, %v left", err, folders())
 	}
-	if locks, err := os.ReadDir(filepath.Join(root, locksName)); err != nil || len(locks) != 0 {
+	if locks, err := os.ReadDir(filepath.Join(m.root, locksName)); err != nil || len(locks) != 0 {
 		t.Errorf("locks left: %v %v", locks, err)
 	}
 }

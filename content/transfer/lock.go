@@ -96,17 +96,16 @@ type vigil struct {
 func (v *vigil) idle(root, name string, credit time.Duration) time.Duration {
 	now := v.look(root, name)
 	if v.since.IsZero() {
-		last := v.state
-		if v.lock.After(last) {
-			last = v.lock
-		}
 		v.since = now
-		if !last.IsZero() {
+		if last := v.sign(); !last.IsZero() {
 			v.since = now.Add(-min(max(now.Sub(last), 0), credit))
 		}
 	}
 	return now.Sub(v.since)
 }
+
+// sign is when the files say that the last sign of life was.
+func (v *vigil) sign() time.Time { return later(v.state, v.lock) }
 
 func (v *vigil) look(root, name string) time.Time {
 	next := vigil{since: v.since}

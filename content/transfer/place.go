@@ -151,7 +151,7 @@ func (j *job) survey() (hold *holding, follow string, err error) {
 			delete(j.places.vigils, name)
 			free = append(free, h)
 		case !j.idles(name):
-			if follow == "" || j.places.vigils[name].since.After(j.places.vigils[follow].since) {
+			if follow == "" || j.places.vigils[name].sign().After(j.places.vigils[follow].sign()) {
 				follow = name
 			}
 		default:

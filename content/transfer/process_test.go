@@ -201,7 +201,7 @@ func TestStoppedHolder(t *testing.T) {
 	p := startProcess(t, root, web.URL, b)
 	p.until(t, fmt.Sprint("frontier ", 4<<20))
 	own := newWebServer(t, data, b.Size)
-	m := newManager(t, root, stuckAfter(300*time.Millisecond))
+	m := newManager(t, root, stuckAfter(2*time.Second))
 	h := join(t, m, b, webSource{own.URL})
 	frontierOf(t, h, 4<<20)
 	if err := p.Process.Signal(syscall.SIGSTOP); err != nil {
