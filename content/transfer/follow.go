@@ -93,8 +93,8 @@ func (t *tail) read() (moved, contradicted bool, err error) {
 
 func (t *tail) add(b []byte) (contradicted bool) {
 	log := t.folder.log
-	r, ok := log.parse(b)
-	if !ok {
+	kind, r := log.decode(b)
+	if kind != kindBlock {
 		return false
 	}
 	old := log.blocks[r.block]
