@@ -99,7 +99,7 @@ func (j *job) tend(ctx context.Context, hold *holding) error {
 	ctx, stop := context.WithCancelCause(ctx)
 	var wg sync.WaitGroup
 	wg.Go(func() {
-		if j.overtaken(ctx, hold) {
+		if j.outrun(ctx, hold) {
 			stop(errElsewhere)
 		}
 	})
@@ -112,9 +112,9 @@ func (j *job) tend(ctx context.Context, hold *holding) error {
 	return err
 }
 
-// overtaken returns true when the blob was finished in another folder, and false when ctx ends. A holder that was
+// outrun returns true when the blob was finished in another folder, and false when ctx ends. A holder that was
 // stopped finds out so before it fetches on.
-func (j *job) overtaken(ctx context.Context, hold *holding) bool {
+func (j *job) outrun(ctx context.Context, hold *holding) bool {
 	var seen int64
 	for every := min(tendEvery, max(j.opts.GiveUp/8, time.Millisecond)); ; {
 		if now := j.progress.Load(); now != seen || j.busy() {
@@ -132,9 +132,12 @@ func (j *job) overtaken(ctx context.Context, hold *holding) bool {
 
 // busy reports whether the job has nobody to wait for but itself and its siblings.
 func (j *job) busy() bool {
+	if j.queueing() {
+		return true
+	}
 	j.mu.Lock()
 	defer j.mu.Unlock()
-	return j.queued > 0 && j.open == 0 || j.inLine || j.phase == PhaseVerifying
+	return j.inLine || j.phase == PhaseVerifying
 }
 
 // inTurn works when the transfers before it have ended.

@@ -57,15 +57,15 @@ type job struct {
 	hold       *holding
 	ledger     *ledger
 	frontier   int64
-	generation int  // counts restarts
-	verified   bool // the digest is right
+	elsewhere  int64 // bytes that another process has of the blob while it is followed
+	inLine     bool  // waits for transfers of this process to end
+	generation int   // counts restarts
+	verified   bool  // the digest is right
 	sources    []*source
 	hosts      map[string]*host
 	only       string // the single host that is asked after a mismatch; "" = all
 	queued     int    // workers waiting for a connection
 	open       int    // connections under way
-	inLine     bool   // waits for transfers of this process to end
-	elsewhere  int64  // bytes that another process has of the blob while it is followed
 	lastErr    error
 	rate       meter
 	firstByte  time.Time
