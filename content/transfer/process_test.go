@@ -62,6 +62,8 @@ type webSource struct{ url string }
 
 func (webSource) Host() string { return "web" }
 
+func (webSource) Tier() int { return 0 }
+
 func (s webSource) Open(ctx context.Context, off, n int64) (Body, error) {
 	req, err := http.NewRequestWithContext(ctx, http.MethodGet, s.url, nil)
 	if err != nil {
