@@ -56,6 +56,7 @@ type job struct {
 	folder     *folder
 	hold       *holding
 	ledger     *ledger
+	served     served // whose bytes are in the data
 	frontier   int64
 	elsewhere  int64 // bytes that another process has of the blob while it is followed
 	inLine     bool  // waits for transfers of this process to end

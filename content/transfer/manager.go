@@ -127,6 +127,7 @@ func New(root string, o Options) (*Manager, error) {
 			conns:   newLimiter(o.ConnectionsPerHost),
 			running: make(chan struct{}, o.MaxTransfers),
 			ranges:  map[string]bool{},
+			liars:   map[string]time.Time{},
 			done:    map[string]stamp{},
 		},
 	}, nil

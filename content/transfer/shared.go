@@ -4,6 +4,7 @@ import (
 	"context"
 	"os"
 	"sync"
+	"time"
 )
 
 // shared is what all transfers of a manager have in common.
@@ -12,8 +13,9 @@ type shared struct {
 	running chan struct{} // a slot for each running transfer
 
 	mu     sync.Mutex
-	ranges map[string]bool  // hosts known to honour ranges
-	done   map[string]stamp // finished data files by path, verified in this process
+	ranges map[string]bool      // hosts known to honour ranges
+	liars  map[string]time.Time // hosts that sent wrong bytes: for how long others are preferred
+	done   map[string]stamp     // finished data files by path, verified in this process
 }
 
 // stamp recognises a data file that was verified before.

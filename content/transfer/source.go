@@ -83,7 +83,6 @@ type host struct {
 	fails    int       // in a row, without progress
 	until    time.Time // not to be asked before
 	received int64     // bytes, all generations
-	served   bool      // stored bytes in this generation
 	pace     float64   // of one connection in bytes a second, 0 until a reply was read to its end
 }
 
