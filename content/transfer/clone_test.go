@@ -30,7 +30,7 @@ func TestCloneOfWhatBeginsAnew(t *testing.T) {
 	for name, between := range map[string]func(*job) error{
 		"from nothing": func(j *job) error { return j.restart("") },
 		"dropped": func(j *job) error {
-			if err := j.reject(nil); !errdefs.IsDataLoss(err) {
+			if err := j.giveUp([]error{errMismatch}); !errdefs.IsDataLoss(err) {
 				return err
 			}
 			return nil
