@@ -176,7 +176,7 @@ func TestKilledHolder(t *testing.T) {
 	p.until(t, fmt.Sprint("frontier ", 4<<20))
 	own := newWebServer(t, data, b.Size)
 	m := newManager(t, root, lockOptions)
-	h := join(t, m, b, webSource{own.URL})
+	h, said := joinLogged(t, m, b, webSource{own.URL})
 	frontierOf(t, h, 4<<20)
 	if s := m.List()[0]; s.Phase != PhaseLock {
 		t.Errorf("phase %s", s.Phase)
@@ -188,6 +188,10 @@ func TestKilledHolder(t *testing.T) {
 		t.Fatal(err)
 	}
 	complete(t, h, data)
+	if l := said.messages(); len(l) != 2 || !strings.HasPrefix(l[0], fmt.Sprintf("process %d (", p.Process.Pid)) ||
+		l[1] != fmt.Sprintf("whoever fetched the blob has stopped: going on from %d of %d bytes", 4<<20, b.Size) {
+		t.Errorf("the log says %q", l)
+	}
 	if n := web.sent.Load() + own.sent.Load(); n != b.Size || h.job.currentGeneration() != 0 {
 		t.Errorf("sent %d bytes, want %d; generation %d", n, b.Size, h.job.currentGeneration())
 	}
@@ -204,12 +208,15 @@ func TestStoppedHolder(t *testing.T) {
 	p.until(t, fmt.Sprint("frontier ", 4<<20))
 	own := newWebServer(t, data, b.Size)
 	m := newManager(t, root, stuckAfter(2*time.Second))
-	h := join(t, m, b, webSource{own.URL})
+	h, said := joinLogged(t, m, b, webSource{own.URL})
 	frontierOf(t, h, 4<<20)
 	if err := p.Process.Signal(syscall.SIGSTOP); err != nil {
 		t.Fatal(err)
 	}
 	complete(t, h, data)
+	if l := said.messages(); len(l) != 2 || !strings.Contains(l[1], "made no progress for 2s: going on with a copy") {
+		t.Errorf("the log says %q", l)
+	}
 	if err := p.Process.Signal(syscall.SIGCONT); err != nil {
 		t.Fatal(err)
 	}
