@@ -16,7 +16,13 @@ import (
 	"go.uber.org/goleak"
 )
 
-func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+func TestMain(m *testing.M) {
+	if root := os.Getenv(childRoot); root != "" {
+		runChild(root)
+		return
+	}
+	goleak.VerifyTestMain(m)
+}
 
 // fakeSource serves a blob from memory and counts what it sends. reply, if set, decides about each request.
 type fakeSource struct {

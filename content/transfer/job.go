@@ -22,6 +22,8 @@ var (
 	errMismatch = errors.New("digest mismatch")
 	// errNeedsLock: a finished blob that another process uses too turned out wrong; only the exclusive lock may replace it.
 	errNeedsLock = errors.New("exclusive lock needed")
+	// errElsewhere: somebody else finished the blob in another folder.
+	errElsewhere = errors.New("finished in another folder")
 )
 
 // job is one transfer while it runs and for as long as anybody holds a handle of it.
@@ -35,6 +37,10 @@ type job struct {
 
 	progress atomic.Int64 // when something moved last, Unix ns
 	received atomic.Int64 // bytes from the network
+
+	// Used only by what run calls, one at a time.
+	places *places
+	digest digester
 
 	// Guarded by Manager.mu.
 	waiters int
@@ -52,8 +58,10 @@ type job struct {
 	ledger     *ledger
 	served     served // whose bytes are in the data
 	frontier   int64
-	generation int  // counts restarts
-	verified   bool // the digest is right
+	elsewhere  int64 // bytes that another process has of the blob while it is followed
+	inLine     bool  // waits for transfers of this process to end
+	generation int   // counts restarts
+	verified   bool  // the digest is right
 	sources    []*source
 	hosts      map[string]*host
 	only       string // the single host that is asked after a mismatch; "" = all
@@ -75,6 +83,7 @@ func newJob(root string, b Blob, o Options, sh *shared) *job {
 		phase:   PhaseWaiting,
 		hosts:   map[string]*host{},
 		ledger:  newLedger(b.Size),
+		places:  newPlaces(root, b),
 	}
 	j.touch()
 	return j

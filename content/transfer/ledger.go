@@ -13,6 +13,7 @@ const blockSize = 256 << 10
 type span struct {
 	off, end int64
 	crc      uint32
+	recorded bool // nobody fetches it: it is being compared with its records
 }
 
 // ledger says which bytes are missing and who fetches them. Every byte of the blob is there, in exactly one
@@ -101,6 +102,20 @@ func (l *ledger) frontier() int64 {
 	}
 	for s := range l.live {
 		f = min(f, s.off)
+	}
+	return f
+}
+
+// wanted is the first byte that is missing if all records are true.
+func (l *ledger) wanted() int64 {
+	f := l.size
+	if len(l.gaps) > 0 {
+		f = l.gaps[0].off
+	}
+	for s := range l.live {
+		if !s.recorded {
+			f = min(f, s.off)
+		}
 	}
 	return f
 }

@@ -65,11 +65,12 @@ type Phase string
 // The phases of a transfer.
 const (
 	PhaseWaiting   Phase = "waiting"   // for its turn or for the first byte
-	PhaseLock      Phase = "lock"      // another process fetches the blob
+	PhaseLock      Phase = "lock"      // another process fetches the blob; what it has is shown
 	PhaseFetching  Phase = "fetching"  // bytes arrive
 	PhaseVerifying Phase = "verifying" // all bytes are there; hashing and fsync
 	PhaseComplete  Phase = "complete"
 	PhaseFailed    Phase = "failed" // what was fetched is kept
+	PhaseKept      Phase = "kept"   // left on disk by an earlier process or another one; Started is when it was written last
 )
 
 // Status is a transfer as `gantry status` shows it. Sizes in bytes, Rate in bytes a second.
@@ -95,6 +96,7 @@ type Manager struct {
 	root   string
 	opts   Options
 	shared *shared
+	kept   *kept
 	wg     sync.WaitGroup
 
 	mu     sync.Mutex // taken before job.mu
@@ -120,6 +122,7 @@ func New(root string, o Options) (*Manager, error) {
 		root: root,
 		opts: o,
 		jobs: map[Blob]*job{},
+		kept: &kept{root: root, seen: map[string]keptFolder{}},
 		shared: &shared{
 			conns:   newLimiter(o.ConnectionsPerHost),
 			running: make(chan struct{}, o.MaxTransfers),
@@ -261,8 +264,10 @@ func (m *Manager) abandon(j *job) {
 	j.cancel(errAbandoned)
 }
 
-// List shows the transfers under way, those complete that somebody still holds, and the last ones that failed.
+// List shows the transfers under way, those complete that somebody still holds, the last ones that failed, and what else
+// lies on disk that nobody links.
 func (m *Manager) List() []Status {
+	left := m.kept.list()
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	list := slices.Clone(m.failed)
@@ -270,6 +275,12 @@ func (m *Manager) List() []Status {
 		s := j.status()
 		s.Waiters = j.waiters
 		list = append(list, s)
+	}
+	known := list
+	for _, s := range left {
+		if !slices.ContainsFunc(known, func(k Status) bool { return k.Digest == s.Digest && k.Size == s.Size }) {
+			list = append(list, s)
+		}
 	}
 	slices.SortFunc(list, func(a, b Status) int {
 		return cmp.Or(a.Started.Compare(b.Started), cmp.Compare(a.Digest, b.Digest))
@@ -287,9 +298,9 @@ func (j *job) status() Status {
 		Err: cmp.Or(j.err, j.lastErr),
 	}
 	if !j.verified {
-		s.Received = j.ledger.there()
+		s.Received = max(j.ledger.there(), j.elsewhere, j.frontier)
 	}
-	if j.phase == PhaseFetching {
+	if j.phase == PhaseFetching || j.phase == PhaseLock {
 		s.Rate = j.rate.value()
 	}
 	if j.phase == PhaseComplete {

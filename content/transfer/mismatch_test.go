@@ -79,13 +79,13 @@ func (b *flipBody) Read(p []byte) (int, error) {
 	return n, err
 }
 
-// logged collects warnings.
+// logged collects what is said at info and above.
 type logged struct {
 	mu      sync.Mutex
 	entries []*log.Entry
 }
 
-func (l *logged) Levels() []logrus.Level { return []logrus.Level{logrus.WarnLevel} }
+func (l *logged) Levels() []logrus.Level { return []logrus.Level{logrus.InfoLevel, logrus.WarnLevel} }
 
 func (l *logged) Fire(e *log.Entry) error {
 	l.mu.Lock()
@@ -111,6 +111,17 @@ func (l *logged) says(text string) bool {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	return slices.ContainsFunc(l.entries, func(e *log.Entry) bool { return strings.Contains(e.Message, text) })
+}
+
+// messages lists what was said, in order.
+func (l *logged) messages() []string {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	var all []string
+	for _, e := range l.entries {
+		all = append(all, e.Message)
+	}
+	return all
 }
 
 // joinLogged joins with a log that is captured.

@@ -52,6 +52,10 @@ func (j *job) nextChunk(h *host) int64 {
 // runAhead is how far beyond the frontier a chunk may start, in bytes.
 func (j *job) runAhead() int64 { return 4 * int64(j.opts.ConnectionsPerHost) * j.chunk() }
 
+// horizon is where no chunk may start yet. What is on disk and being checked does not hold up what is fetched meanwhile.
+// Called with mu held.
+func (j *job) horizon() int64 { return j.ledger.wanted() + j.runAhead() }
+
 // worker fetches chunk after chunk until nothing is missing.
 func (j *job) worker(ctx context.Context) error {
 	buf := make([]byte, blockSize)
@@ -91,7 +95,7 @@ func (j *job) next(ctx context.Context) (*source, error) {
 // pick chooses the source of the next request: the first that may be asked now. Otherwise it says how long to wait
 // unless something changes. Called with mu held.
 func (j *job) pick() (*source, time.Duration, error) {
-	if len(j.ledger.gaps) == 0 || j.ledger.gaps[0].off >= j.frontier+j.runAhead() {
+	if len(j.ledger.gaps) == 0 || j.ledger.gaps[0].off >= j.horizon() {
 		return nil, math.MaxInt64, nil
 	}
 	now, wait, alive := time.Now(), time.Duration(math.MaxInt64), false
@@ -182,7 +186,7 @@ func (j *job) begin(src *source) *span {
 	if !j.usable(src) || h.until.After(time.Now()) || (h.ranges != rangesYes && h.conns > 0) {
 		return nil
 	}
-	s := j.ledger.claim(j.nextChunk(h), j.frontier+j.runAhead())
+	s := j.ledger.claim(j.nextChunk(h), j.horizon())
 	if s == nil {
 		return nil
 	}

@@ -53,7 +53,7 @@ func TestStateFile(t *testing.T) {
 	if err := s.Close(); err != nil {
 		t.Fatal(err)
 	}
-	if _, log, err := reopenState(path); err != nil || !log.complete || !peekComplete(filepath.Dir(path), "") {
+	if _, log, err := reopenState(path); err != nil || !log.complete || !peekComplete(filepath.Dir(path), "", log.blob()) {
 		t.Error("a record after a torn one is lost")
 	}
 }
