@@ -21,6 +21,7 @@ func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 // fakeSource serves a blob from memory and counts what it sends. reply, if set, decides about each request.
 type fakeSource struct {
 	host  string
+	tier  int
 	data  []byte
 	reply func(ctx context.Context, call int, off, n int64) (fakeReply, error)
 
@@ -45,6 +46,8 @@ type fakeReply struct {
 }
 
 func (s *fakeSource) Host() string { return s.host }
+
+func (s *fakeSource) Tier() int { return s.tier }
 
 func (s *fakeSource) Open(ctx context.Context, off, n int64) (Body, error) {
 	s.mu.Lock()

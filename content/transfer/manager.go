@@ -26,7 +26,9 @@ type Blob struct {
 type Options struct {
 	// ChunkSize is how many bytes one request asks for, rounded to blocks of 256 KiB. Default: by the blob's size, 1 to 8 MiB.
 	ChunkSize int64
-	// ConnectionsPerHost bounds the requests under way to one host, over all transfers. Default 8.
+	// Hosts shares connections out to the transfers of all managers that have it. Default: the manager's own.
+	Hosts *Hosts
+	// ConnectionsPerHost is HostLimits.PerHost of the manager's own Hosts. Default 32.
 	ConnectionsPerHost int
 	// MaxTransfers bounds the transfers that run at once; more wait in the order of their arrival. Default 16.
 	MaxTransfers int
@@ -49,7 +51,13 @@ func (o Options) withDefaults() (Options, error) {
 	if o.ChunkSize > 0 {
 		o.ChunkSize = blockEnd(o.ChunkSize - 1)
 	}
-	o.ConnectionsPerHost = cmp.Or(o.ConnectionsPerHost, 8)
+	if o.Hosts == nil {
+		hosts, err := NewHosts(HostLimits{PerHost: o.ConnectionsPerHost})
+		if err != nil {
+			return o, err
+		}
+		o.Hosts = hosts
+	}
 	o.MaxTransfers = cmp.Or(o.MaxTransfers, 16)
 	o.GiveUp = cmp.Or(o.GiveUp, 2*time.Minute)
 	o.FirstContact = cmp.Or(o.FirstContact, 5*time.Second)
@@ -81,9 +89,11 @@ type Status struct {
 	Rate     float64
 	Phase    Phase
 	Hosts    []string // in the order in which they are asked
-	Waiters  int
-	Started  time.Time
-	Err      error // why it failed, or what went wrong last
+	// Connections under way.
+	Connections int
+	Waiters     int
+	Started     time.Time
+	Err         error // why it failed, or what went wrong last
 }
 
 // Failed transfers that List remembers.
@@ -121,9 +131,8 @@ func New(root string, o Options) (*Manager, error) {
 		opts: o,
 		jobs: map[Blob]*job{},
 		shared: &shared{
-			conns:   newLimiter(o.ConnectionsPerHost),
+			hosts:   o.Hosts,
 			running: make(chan struct{}, o.MaxTransfers),
-			ranges:  map[string]bool{},
 			done:    map[string]stamp{},
 		},
 	}, nil
@@ -159,14 +168,15 @@ func (m *Manager) Join(ctx context.Context, image string, b Blob, sources ...Sou
 	}
 	j := m.jobs[b]
 	if j == nil || !j.addSources(sources) {
-		j = m.start(context.WithoutCancel(ctx), b, sources)
+		j = m.start(context.WithoutCancel(ctx), image, b, sources)
 	}
 	return m.handle(j), nil
 }
 
 // start runs a new job. Called with mu held.
-func (m *Manager) start(ctx context.Context, b Blob, sources []Source) *job {
+func (m *Manager) start(ctx context.Context, image string, b Blob, sources []Source) *job {
 	j := newJob(m.root, b, m.opts, m.shared)
+	j.image = cmp.Or(image, j.image)
 	j.addSources(sources)
 	ctx, j.cancel = context.WithCancelCause(ctx)
 	m.jobs[b] = j
@@ -282,7 +292,7 @@ func (j *job) status() Status {
 	s := Status{
 		Digest: j.blob.Digest, Size: j.blob.Size,
 		Frontier: j.frontier, Received: j.blob.Size,
-		Phase: j.phase, Started: j.started,
+		Phase: j.phase, Started: j.started, Connections: j.open,
 		Err: cmp.Or(j.err, j.lastErr),
 	}
 	if !j.verified {
