@@ -99,7 +99,11 @@ func (j *job) exchange(ctx context.Context, c *conn) (got int64, err error) {
 	j.mu.Lock()
 	c.cancel = cancel
 	off, n := c.span.off, c.span.end-c.span.off
+	_, live := j.ledger.live[c.span]
 	j.mu.Unlock()
+	if !live {
+		return 0, nil // one plain stream brings it
+	}
 	timer := time.AfterFunc(j.patience(c.src), func() { cancel(errStalled) })
 	defer timer.Stop()
 	defer func() {
@@ -144,6 +148,13 @@ func (j *job) learn(h *host, r ranges, sure bool) bool {
 	j.shared.hosts.learnRanges(h.shared, r == rangesYes)
 	first := r == rangesYes || h.ranges != rangesNo
 	h.ranges = r
+	if r == rangesNo {
+		for c := range j.conns { // the stream brings what they asked for, too
+			if c.src.host == h && c.got == 0 {
+				j.ledger.release(c.span)
+			}
+		}
+	}
 	j.wake()
 	return first
 }
@@ -221,6 +232,9 @@ func (j *job) store(in *reader, end int64, buf []byte) (got int64, err error) {
 	for {
 		j.mu.Lock()
 		left := min(s.end, end, stepEnd(s.off)) - s.off
+		if _, live := j.ledger.live[s]; !live {
+			left = 0 // one plain stream brings it
+		}
 		j.mu.Unlock()
 		if left <= 0 {
 			return got, nil
@@ -248,7 +262,11 @@ func stepEnd(off int64) int64 { return off/recordStep*recordStep + recordStep }
 func (j *job) plain(in *reader, s *span, buf []byte) (got int64, err error) {
 	j.mu.Lock()
 	j.ledger.release(s)
+	missing := len(j.ledger.gaps) > 0
 	j.mu.Unlock()
+	if !missing {
+		return 0, nil // an earlier stream brought it
+	}
 	for pos := int64(0); pos < j.blob.Size; pos = blockEnd(pos) {
 		end := min(blockEnd(pos), j.blob.Size)
 		n, readErr := in.fill(buf[:end-pos])

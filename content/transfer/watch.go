@@ -116,7 +116,7 @@ func (j *job) untried() bool {
 
 // speed is what a connection brings now, in bytes a second; false if it is too young to tell.
 func (c *conn) speed(now time.Time) (float64, bool) {
-	if d := now.Sub(c.mark); d >= time.Second {
+	if d := now.Sub(c.mark); d >= overtakeGain {
 		return float64(c.got-c.since) / d.Seconds(), true
 	}
 	return c.pace, c.pace > 0
