@@ -28,17 +28,19 @@ const (
 	// Fewer than this are never tried without need: a blob must not wait for another's chunk.
 	fewConnections = 2
 
-	windowMin  = 150 * time.Millisecond
-	windowMax  = 2 * time.Second
-	settleMin  = 40 * time.Millisecond
-	pauseMin   = 2 * time.Second
-	pauseMax   = time.Minute
-	breakPause = 2 * time.Second
+	windowMin = 150 * time.Millisecond
+	windowMax = 2 * time.Second
+	// A window has so many bytes of each connection, if it need not last longer than windowMax for that.
+	windowBytes = 128 << 10
+	settleMin   = 40 * time.Millisecond
+	pauseMin    = 2 * time.Second
+	pauseMax    = time.Minute
+	breakPause  = 2 * time.Second
 
 	// What a rise must bring, as a part of the connections it adds.
 	minGain = 0.3
 	// What fewer connections may lose, as a part of the rate.
-	maxLoss = 0.05
+	maxLoss = 0.04
 	// The part of a window in which requests must have waited.
 	pressedPart = 0.75
 )
@@ -75,7 +77,14 @@ func newControl(bound int) control {
 	return control{limit: min(startConnections, bound), bound: bound, pause: pauseMin}
 }
 
-func (c *control) window() time.Duration { return min(max(windowMin, 5*c.latency), windowMax) }
+func (c *control) window() time.Duration {
+	w := min(max(windowMin, 5*c.latency), windowMax)
+	if c.gentle && c.from != 0 {
+		w *= 3 // small steps need a closer look, and there is no hurry
+	}
+	return w
+}
+
 func (c *control) settle() time.Duration { return min(max(settleMin, 2*c.latency), windowMax/2) }
 
 // press notes whether requests wait for a connection from now on.
@@ -108,7 +117,7 @@ func (c *control) arrived(now time.Time, n int64, used int) {
 	}
 	c.bytes += n
 	took := now.Sub(c.begun)
-	if took < c.window() {
+	if took < c.window() || c.bytes < int64(c.limit)*windowBytes && took < windowMax {
 		return
 	}
 	rate := float64(c.bytes) / took.Seconds()
@@ -159,7 +168,7 @@ func (c *control) measured(now time.Time, rate float64) {
 	if c.rate == 0 {
 		c.rate = rate
 	}
-	c.rate = (c.rate + rate) / 2
+	c.rate = (3*c.rate + rate) / 4
 	switch {
 	case c.limit < c.known:
 		c.rate = 0
@@ -221,7 +230,7 @@ func (c *control) hold(now time.Time) {
 
 // fall answers trouble with used connections under way. hard: a request was refused; told: with a time to come back.
 func (c *control) fall(now time.Time, used int, hard, told bool) {
-	if pause := c.window(); now.Sub(c.fell) < pause || !hard && now.Sub(c.fell) < max(pause, breakPause) {
+	if pause := windowMin; now.Sub(c.fell) < pause || !hard && now.Sub(c.fell) < max(pause, breakPause) {
 		return
 	}
 	level := min(c.limit, max(used, 1))

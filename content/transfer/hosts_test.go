@@ -1,0 +1,180 @@
+package transfer
+
+import (
+	"fmt"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/opencontainers/go-digest"
+)
+
+// simHost is a host in virtual time: so many bytes a second for a connection and for all of them together, a latency, and
+// a number of requests at once above which it answers 429.
+type simHost struct {
+	perConn, total float64
+	latency        func(active int) time.Duration
+	most           int
+	retryAfter     time.Duration
+
+	mu       sync.Mutex
+	active   int
+	peak     int
+	refused  int
+	requests []time.Time
+}
+
+func (s *simHost) enter(d int) int {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.active += d
+	s.peak = max(s.peak, s.active)
+	if d > 0 {
+		s.requests = append(s.requests, time.Now())
+	}
+	return s.active
+}
+
+// take is how long a connection needs for n bytes.
+func (s *simHost) take(n int64) time.Duration {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	rate := s.perConn
+	if s.total > 0 {
+		rate = min(rate, s.total/float64(s.active))
+	}
+	return time.Duration(float64(n) / rate * float64(time.Second))
+}
+
+// fetch brings bytes in chunks over as many connections as there are to be had.
+func (s *simHost) fetch(t *testing.T, hs *Hosts, image string, bytes, chunk int64) {
+	t.Helper()
+	h := hs.host("a")
+	j := newJob("", Blob{Digest: digest.FromString(fmt.Sprint(image, bytes, time.Now())), Size: bytes}, Options{}, &shared{hosts: hs})
+	j.image = image
+	w := &waiter{job: j, granted: make(chan *hostState, 1)}
+	defer hs.leave(w)
+	var wg sync.WaitGroup
+	defer wg.Wait()
+	var mu sync.Mutex
+	for {
+		mu.Lock()
+		n := min(chunk, bytes)
+		bytes -= n
+		mu.Unlock()
+		if n == 0 {
+			wg.Wait()
+			if bytes == 0 {
+				return
+			}
+			continue
+		}
+		for got := (*hostState)(nil); got == nil; {
+			wait := time.Duration(1 << 62)
+			if v := hs.look(h); v.until.After(time.Now()) {
+				wait = time.Until(v.until)
+			}
+			var err error
+			if got, err = hs.acquire(t.Context(), w, []*hostState{h}, nil, wait); err != nil {
+				t.Error(err)
+				return
+			}
+		}
+		wg.Go(func() {
+			if !s.request(hs, h, j, n) {
+				mu.Lock()
+				defer mu.Unlock()
+				bytes += n
+			}
+		})
+	}
+}
+
+func (s *simHost) request(hs *Hosts, h *hostState, j *job, n int64) bool {
+	defer hs.release(h, j)
+	begun := time.Now()
+	active := s.enter(1)
+	defer s.enter(-1)
+	time.Sleep(s.latency(active))
+	if s.most > 0 && active > s.most {
+		s.mu.Lock()
+		s.refused++
+		s.mu.Unlock()
+		hs.failure(h, begun, 0, retryLater{s.retryAfter})
+		return false
+	}
+	hs.answered(h, time.Since(begun))
+	first := time.Now()
+	const step = 32 << 10
+	for left := n; left > 0; left -= step {
+		part := min(left, step)
+		time.Sleep(s.take(part))
+		hs.arrived(h, part)
+	}
+	hs.brought(h, n, time.Since(first))
+	return true
+}
+
+func newHosts(t testing.TB, l HostLimits) *Hosts {
+	t.Helper()
+	hs, err := NewHosts(l)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return hs
+}
+
+func always(d time.Duration) func(int) time.Duration { return func(int) time.Duration { return d } }
+
+// TestConnectionsFindTheirLevel fetches from hosts of different kinds and looks at where the number of connections
+// comes to rest, how far it went, and what that cost.
+func TestConnectionsFindTheirLevel(t *testing.T) {
+	t.Parallel()
+	const mb = 1e6
+	for _, tc := range []struct {
+		name     string
+		host     *simHost
+		bytes    int64
+		chunk    int64
+		low, top int           // where it may rest
+		peak     int           // the most at once
+		took     time.Duration // at most
+	}{
+		{"capped connections", &simHost{perConn: 25 * mb, total: 250 * mb, latency: always(20 * time.Millisecond)}, 900 * mb, 8 << 20, 10, 14, 18, 4 * time.Second},
+		{"two are enough", &simHost{perConn: 25 * mb, total: 50 * mb, latency: always(20 * time.Millisecond)}, 900 * mb, 8 << 20, 2, 6, 12, 19 * time.Second},
+		{"one is enough", &simHost{perConn: 100 * mb, total: 100 * mb, latency: always(5 * time.Millisecond)}, 900 * mb, 8 << 20, 2, 6, 12, 9400 * time.Millisecond},
+		{"no end", &simHost{perConn: 10 * mb, latency: always(20 * time.Millisecond)}, 2000 * mb, 8 << 20, 32, 32, 32, 8 * time.Second},
+		{"far away", &simHost{perConn: 5 * mb, total: 80 * mb, latency: always(300 * time.Millisecond)}, 2000 * mb, 16 << 20, 14, 27, 32, 34 * time.Second},
+		{"slow line", &simHost{perConn: 2 * mb, total: 2 * mb, latency: always(50 * time.Millisecond)}, 200 * mb, 1 << 20, 2, 6, 12, 110 * time.Second},
+		{"queues", &simHost{perConn: 25 * mb, total: 100 * mb, latency: func(n int) time.Duration {
+			return 20*time.Millisecond + time.Duration(max(0, n-4))*20*time.Millisecond
+		}}, 2000 * mb, 8 << 20, 3, 6, 12, 23 * time.Second},
+		{"refuses more than five", &simHost{perConn: 25 * mb, latency: always(20 * time.Millisecond), most: 5}, 2000 * mb, 8 << 20, 2, 5, 8, 22 * time.Second},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			t.Parallel()
+			synctest.Test(t, func(t *testing.T) {
+				hs := newHosts(t, HostLimits{})
+				start := time.Now()
+				var wg sync.WaitGroup
+				for i := range 3 {
+					wg.Go(func() { tc.host.fetch(t, hs, fmt.Sprint("image", i%2), tc.bytes/3, tc.chunk) })
+				}
+				wg.Wait()
+				took := time.Since(start)
+				limit := hs.host("a").control.limit
+				t.Logf("rests at %d, peak %d, took %s, refused %d of %d", limit, tc.host.peak, took, tc.host.refused, len(tc.host.requests))
+				if limit < tc.low || limit > tc.top {
+					t.Errorf("rests at %d connections, want %d to %d", limit, tc.low, tc.top)
+				}
+				if tc.host.peak > tc.peak {
+					t.Errorf("%d connections at once, want at most %d", tc.host.peak, tc.peak)
+				}
+				if took > tc.took {
+					t.Errorf("took %s, want at most %s", took, tc.took)
+				}
+			})
+		})
+	}
+}
