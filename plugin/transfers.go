@@ -32,13 +32,17 @@ type transfers struct {
 }
 
 func openTransfers(c *config.Config) (*transfers, error) {
+	hosts, err := transfer.NewHosts(transfer.HostLimits{PerHost: c.Transfer.ConnectionsPerHost, Total: c.Transfer.Connections})
+	if err != nil {
+		return nil, err
+	}
 	t := &transfers{
 		root: c.Transfer.Root,
 		options: transfer.Options{
-			ChunkSize:          c.Transfer.ChunkSize,
-			ConnectionsPerHost: c.Transfer.ConnectionsPerHost,
-			GiveUp:             c.Transfer.GiveUp,
-			KeepPartial:        c.Transfer.KeepPartial,
+			ChunkSize:   c.Transfer.ChunkSize,
+			Hosts:       hosts, // also where namespaces share no content
+			GiveUp:      c.Transfer.GiveUp,
+			KeepPartial: c.Transfer.KeepPartial,
 		},
 		isolated: c.Containerd.ContentSharingPolicy == config.PolicyIsolated,
 		managers: make(map[string]*transfer.Manager),

@@ -68,6 +68,14 @@ func newSource(ep *endpoint, a *auth, repository string, d digest.Digest, size i
 // Host names the host, and its path where that is not the usual one.
 func (s *Source) Host() string { return s.ep.name }
 
+// Tier puts the mirrors before the registry they stand for.
+func (s *Source) Tier() int {
+	if s.ep.proxies != "" {
+		return 0
+	}
+	return 1
+}
+
 // Open requests n bytes from off, with one request unless the host asks for a
 // login or points elsewhere. ctx governs the body too, until it is closed. The
 // body ends after Body.N bytes, or with an error: ErrUnavailable when the
