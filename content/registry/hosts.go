@@ -62,7 +62,10 @@ func loadHostSet(ctx context.Context, host, dir string, o Options) (*hostSet, er
 			continue
 		}
 		seen[place] = true
-		set.endpoints = append(set.endpoints, newEndpoint(host, rh, o))
+		ep := newEndpoint(host, rh, o)
+		server := hosts[len(hosts)-1] // containerd's package puts it last, whether hosts.toml names it or not
+		ep.mirror = place != server.Scheme+"://"+server.Host+server.Path
+		set.endpoints = append(set.endpoints, ep)
 	}
 	return set, nil
 }
@@ -118,6 +121,7 @@ type endpoint struct {
 	name               string // for logs and errors
 	scheme, host, path string
 	proxies            string // the host it stands for, if it is a mirror
+	mirror             bool   // it is not the server of hosts.toml
 	header             http.Header
 	transport          http.RoundTripper
 	policy             *policy

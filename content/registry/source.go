@@ -70,7 +70,7 @@ func (s *Source) Host() string { return s.ep.name }
 
 // Tier puts the mirrors before the registry they stand for.
 func (s *Source) Tier() int {
-	if s.ep.proxies != "" {
+	if s.ep.mirror {
 		return 0
 	}
 	return 1

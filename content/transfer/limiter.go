@@ -193,7 +193,7 @@ func (hs *Hosts) grant(now time.Time) {
 		var best *waiter
 		var at *hostState
 		for _, w := range hs.waiting {
-			i := slices.IndexFunc(w.hosts, func(h *hostState) bool { return hs.room(h, now) })
+			i := slices.IndexFunc(w.hosts, func(h *hostState) bool { return hs.room(h, w.job, now) })
 			if i >= 0 && (best == nil || before(w, w.hosts[i], best, at)) {
 				best, at = w, w.hosts[i]
 			}
@@ -231,13 +231,13 @@ func (hs *Hosts) wanted(h *hostState) bool {
 	return slices.ContainsFunc(hs.waiting, func(w *waiter) bool { return slices.Contains(w.hosts, h) })
 }
 
-// room says whether a host may be asked for more. Called with mu held.
-func (hs *Hosts) room(h *hostState, now time.Time) bool {
+// room says whether a transfer may ask a host for more. Called with mu held.
+func (hs *Hosts) room(h *hostState, who *job, now time.Time) bool {
 	if h.used >= h.control.limit || hs.used >= hs.limits.Total || h.until.After(now) {
 		return false
 	}
-	if h.fails > 0 && h.used > 0 {
-		return false // one finds out whether it is well again
+	if h.fails > 0 && h.jobs[who] > 0 {
+		return false // one request finds out whether the host is well again, or has trouble with one blob only
 	}
 	// The last quarter is for hosts that have few, so that slow ones cannot hold everything.
 	return h.used < max(1, hs.limits.Total/8) || hs.used < hs.limits.Total-hs.limits.Total/4
