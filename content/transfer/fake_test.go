@@ -2,6 +2,7 @@ package transfer
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"errors"
 	"io"
@@ -42,7 +43,8 @@ type fakeReply struct {
 	err     error         // with this error instead of io.EOF
 	stall   bool          // hang instead of ending
 	flip    bool          // one wrong byte
-	latency time.Duration // before each 64 KiB
+	latency time.Duration // before each piece
+	piece   int           // bytes at once, default 64 KiB
 }
 
 func (s *fakeSource) Host() string { return s.host }
@@ -126,7 +128,7 @@ func (b *fakeBody) Read(p []byte) (int, error) {
 			return 0, err
 		}
 	}
-	n := copy(p[:min(len(p), 64<<10)], b.rest)
+	n := copy(p[:min(len(p), cmp.Or(b.reply.piece, 64<<10))], b.rest)
 	b.rest = b.rest[n:]
 	b.src.mu.Lock()
 	b.src.sent += int64(n)

@@ -53,7 +53,7 @@ func (s *simHost) fetch(t *testing.T, hs *Hosts, image string, bytes, chunk int6
 	h := hs.host("a")
 	j := newJob("", Blob{Digest: digest.FromString(fmt.Sprint(image, bytes, time.Now())), Size: bytes}, Options{}, &shared{hosts: hs})
 	j.image = image
-	w := &waiter{job: j, granted: make(chan *hostState, 1)}
+	w := newWaiter(j)
 	defer hs.leave(w)
 	var wg sync.WaitGroup
 	defer wg.Wait()
@@ -76,7 +76,7 @@ func (s *simHost) fetch(t *testing.T, hs *Hosts, image string, bytes, chunk int6
 				wait = time.Until(v.until)
 			}
 			var err error
-			if got, err = hs.acquire(t.Context(), w, []*hostState{h}, nil, wait); err != nil {
+			if got, err = hs.acquire(t.Context(), w, []*hostState{h}, 4, nil, wait); err != nil {
 				t.Error(err)
 				return
 			}

@@ -77,12 +77,18 @@ type hostState struct {
 	paced  time.Time
 }
 
-// waiter is a transfer that wants one more connection.
+// waiter is a transfer that wants more connections.
 type waiter struct {
 	job     *job
-	hosts   []*hostState // any of them, the first that has room
+	want    int          // so many more
+	hosts   []*hostState // to any of them, the first that has room
 	granted chan *hostState
 }
+
+// mostWanted is how many connections a waiter can get at once.
+const mostWanted = 16
+
+func newWaiter(j *job) *waiter { return &waiter{job: j, granted: make(chan *hostState, mostWanted)} }
 
 // host returns what is known of a host.
 func (hs *Hosts) host(name string) *hostState {
@@ -115,53 +121,51 @@ func (hs *Hosts) evict() {
 }
 
 // acquire waits for a connection to one of the hosts; nil when changed was closed or the time is over: the caller then
-// looks again at what it wants, without losing its place if it comes back with the same waiter. The caller
-// calls release once for a host it got.
-func (hs *Hosts) acquire(ctx context.Context, w *waiter, hosts []*hostState, changed <-chan struct{}, wait time.Duration) (*hostState, error) {
-	hs.mu.Lock()
-	w.hosts = hosts
-	if !slices.Contains(hs.waiting, w) {
-		hs.waiting = append(hs.waiting, w)
-	}
-	hs.grant(time.Now())
-	hs.mu.Unlock()
+// looks again at what it wants, without losing its place if it comes back with the same waiter. The caller calls
+// release once for each host it got, and leave at the end.
+func (hs *Hosts) acquire(ctx context.Context, w *waiter, hosts []*hostState, want int, changed <-chan struct{}, wait time.Duration) (*hostState, error) {
+	hs.want(w, hosts, want)
+	defer hs.want(w, nil, 0)
 	timer := time.NewTimer(wait)
 	defer timer.Stop()
 	select {
 	case h := <-w.granted:
 		return h, nil
+	default:
+	}
+	select {
+	case h := <-w.granted:
+		return h, nil
 	case <-changed:
-		return hs.pause(w), nil
+		return nil, nil
 	case <-timer.C:
-		return hs.pause(w), nil
+		return nil, nil
 	case <-ctx.Done():
-		hs.leave(w)
 		return nil, context.Cause(ctx)
 	}
 }
 
-// pause lets a waiter think: it keeps its place and gets nothing meanwhile, unless it just got something.
-func (hs *Hosts) pause(w *waiter) *hostState {
+// want says what a waiter waits for from now on, beside what it was granted and has not taken.
+func (hs *Hosts) want(w *waiter, hosts []*hostState, n int) {
 	hs.mu.Lock()
 	defer hs.mu.Unlock()
-	w.hosts = nil
-	select {
-	case h := <-w.granted:
-		return h
-	default:
-		return nil
+	w.hosts, w.want = hosts, min(n, mostWanted)-len(w.granted)
+	if len(hosts) == 0 {
+		return
 	}
+	if !slices.Contains(hs.waiting, w) {
+		hs.waiting = append(hs.waiting, w)
+	}
+	hs.grant(time.Now())
 }
 
-// leave takes a waiter out, and back what it was given.
+// leave takes a waiter out, and back what it was given and has not taken.
 func (hs *Hosts) leave(w *waiter) {
 	hs.mu.Lock()
 	defer hs.mu.Unlock()
 	hs.waiting = slices.DeleteFunc(hs.waiting, func(o *waiter) bool { return o == w })
-	select {
-	case h := <-w.granted:
-		hs.put(h, w.job)
-	default:
+	for len(w.granted) > 0 {
+		hs.put(<-w.granted, w.job)
 	}
 	hs.grant(time.Now())
 }
@@ -193,6 +197,9 @@ func (hs *Hosts) grant(now time.Time) {
 		var best *waiter
 		var at *hostState
 		for _, w := range hs.waiting {
+			if w.want <= 0 {
+				continue
+			}
 			i := slices.IndexFunc(w.hosts, func(h *hostState) bool { return hs.room(h, w.job, now) })
 			if i >= 0 && (best == nil || before(w, w.hosts[i], best, at)) {
 				best, at = w, w.hosts[i]
@@ -201,12 +208,16 @@ func (hs *Hosts) grant(now time.Time) {
 		if best == nil {
 			break
 		}
-		hs.waiting = slices.DeleteFunc(hs.waiting, func(o *waiter) bool { return o == best })
+		if best.want--; best.want > 0 { // behind the others
+			hs.waiting = append(slices.DeleteFunc(hs.waiting, func(o *waiter) bool { return o == best }), best)
+		} else {
+			hs.waiting = slices.DeleteFunc(hs.waiting, func(o *waiter) bool { return o == best })
+		}
 		hs.used++
 		at.used++
 		at.images[best.job.image]++
 		at.jobs[best.job]++
-		best.granted <- at // has room for one
+		best.granted <- at // has room
 	}
 	for _, h := range hs.hosts {
 		if h.used > 0 || h.control.waiting {
@@ -228,7 +239,7 @@ func before(w *waiter, at *hostState, v *waiter, vat *hostState) bool {
 }
 
 func (hs *Hosts) wanted(h *hostState) bool {
-	return slices.ContainsFunc(hs.waiting, func(w *waiter) bool { return slices.Contains(w.hosts, h) })
+	return slices.ContainsFunc(hs.waiting, func(w *waiter) bool { return w.want > 0 && slices.Contains(w.hosts, h) })
 }
 
 // room says whether a transfer may ask a host for more. Called with mu held.
@@ -328,6 +339,9 @@ func (hs *Hosts) failure(h *hostState, begun time.Time, got int64, err error) {
 	case begun.After(h.failed): // else it failed together with one that is counted
 		if h.fails++; h.fails == 1 {
 			h.down = begun
+		}
+		if isOurs(err) {
+			h.down = now.Add(-downTime) // it was waited for long enough
 		}
 		h.failed = now
 		wait = backoff(h.fails)

@@ -1,6 +1,7 @@
 package transfer
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -57,18 +58,19 @@ func (j *job) runAhead() int64 {
 // dispatch makes one connection after the other until nothing is missing. Each gets its own goroutine.
 func (j *job) dispatch(ctx context.Context, g *errgroup.Group) error {
 	hosts := j.shared.hosts
-	w := &waiter{job: j, granted: make(chan *hostState, 1)}
+	w := newWaiter(j)
 	defer hosts.leave(w)
 	for {
 		j.mu.Lock()
 		ask, wait, err := j.askable()
 		done, changed := j.ledger.done(), j.changed
+		want := int(min(j.ledger.unclaimed()/chunkMin+1, mostWanted))
 		j.queued = !done && j.held(ask)
 		j.mu.Unlock()
 		if done || err != nil {
 			return err
 		}
-		h, err := hosts.acquire(ctx, w, ask, changed, wait)
+		h, err := hosts.acquire(ctx, w, ask, want, changed, wait)
 		if err != nil {
 			return err
 		}
@@ -117,6 +119,8 @@ func (j *job) askable() ([]*hostState, time.Duration, error) {
 		}
 		wait = min(wait, downTime)
 	}
+	// What failed last is asked only if there is room nowhere else.
+	slices.SortStableFunc(ask, func(a, b *hostState) int { return cmp.Compare(j.ill(a), j.ill(b)) })
 	if !alive && len(j.ledger.live) == 0 {
 		j.doomed = j.only == ""
 		return nil, 0, j.noSource()
@@ -137,6 +141,14 @@ func (j *job) tiers() [][]*host {
 		tiers = append(tiers, byTier[tier])
 	}
 	return tiers
+}
+
+// ill is 0 for a host that is well and 1 for one that failed last.
+func (j *job) ill(h *hostState) int {
+	if j.shared.hosts.look(h).well {
+		return 0
+	}
+	return 1
 }
 
 // farSlower says whether another host is so much faster that this one gets no more than a connection. Called with mu held.
@@ -271,6 +283,9 @@ func (j *job) end(ctx context.Context, c *conn, got int64, err error) error {
 	delete(j.conns, c)
 	src.host.conns--
 	j.open--
+	if n := c.got - c.since; n >= blockSize {
+		j.shared.hosts.brought(src.host.shared, n, time.Since(c.mark))
+	}
 	var local *localError
 	if errors.As(err, &local) {
 		return diskError(j.folder.path, local.err)

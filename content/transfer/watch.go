@@ -90,6 +90,9 @@ const (
 // another try has a chance to be better. A link that is slow for all is left alone. Called with mu held.
 func (j *job) clock(c *conn, n int64) {
 	now := time.Now()
+	if c.got == 0 {
+		c.mark, c.since = now, n // until now it was latency
+	}
 	c.last, c.got = now, c.got+n
 	if d := now.Sub(c.mark); d >= time.Second {
 		c.pace = float64(c.got-c.since) / d.Seconds()
