@@ -6,12 +6,15 @@ import (
 	"fmt"
 	"net"
 	"net/http"
+	"runtime"
 	"sync"
 	"time"
+	"weak"
 
 	"github.com/containerd/containerd/v2/core/remotes/docker"
 	"github.com/containerd/containerd/v2/core/remotes/docker/config"
 	"github.com/containerd/errdefs"
+	digest "github.com/opencontainers/go-digest"
 )
 
 const (
@@ -52,19 +55,24 @@ func loadHostSet(ctx context.Context, host, dir string, o Options) (*hostSet, er
 	if err != nil {
 		return nil, fmt.Errorf("hosts files in %s cannot be used: %w: %w", dir, errdefs.ErrFailedPrecondition, err)
 	}
-	seen := map[string]bool{}
+	seen := map[string]*endpoint{}
 	for _, rh := range hosts {
 		if rh.Scheme != "http" && rh.Scheme != "https" || rh.Host == "" {
 			return nil, fmt.Errorf("hosts files in %s: %q is not an http or https URL of a host: %w", dir, rh.Scheme+"://"+rh.Host, errdefs.ErrFailedPrecondition)
 		}
 		place := rh.Scheme + "://" + rh.Host + rh.Path
-		if !rh.Capabilities.Has(docker.HostCapabilityPull) || seen[place] {
+		if !rh.Capabilities.Has(docker.HostCapabilityPull) {
 			continue
 		}
-		seen[place] = true
+		if ep := seen[place]; ep != nil {
+			ep.capabilities |= rh.Capabilities
+			continue
+		}
 		ep := newEndpoint(host, rh, o)
-		server := hosts[len(hosts)-1] // containerd's package puts it last, whether hosts.toml names it or not
-		ep.mirror = place != server.Scheme+"://"+server.Host+server.Path
+		if last := hosts[len(hosts)-1]; ep.proxies == "" || place == last.Scheme+"://"+last.Host+last.Path {
+			ep.tier = 1 // containerd puts the server itself last
+		}
+		seen[place] = ep
 		set.endpoints = append(set.endpoints, ep)
 	}
 	return set, nil
@@ -121,14 +129,23 @@ type endpoint struct {
 	name               string // for logs and errors
 	scheme, host, path string
 	proxies            string // the host it stands for, if it is a mirror
-	mirror             bool   // it is not the server of hosts.toml
+	tier               int    // 0 for a mirror, 1 for the server itself
+	capabilities       docker.HostCapabilities
 	header             http.Header
 	transport          http.RoundTripper
 	policy             *policy
 	opts               Options
 
-	mu   sync.Mutex
-	auth map[string]*auth // by repository
+	mu      sync.Mutex
+	auth    map[string]*auth // by repository
+	sources map[blobKey]weak.Pointer[Source]
+}
+
+// blobKey names a blob on an endpoint.
+type blobKey struct {
+	repository string
+	digest     digest.Digest
+	size       int64
 }
 
 func newEndpoint(asked string, rh docker.RegistryHost, o Options) *endpoint {
@@ -140,15 +157,17 @@ func newEndpoint(asked string, rh docker.RegistryHost, o Options) *endpoint {
 		}
 	}
 	ep := &endpoint{
-		name:      rh.Host,
-		scheme:    rh.Scheme,
-		host:      rh.Host,
-		path:      rh.Path,
-		header:    header,
-		transport: asking{rh.Client.Transport},
-		policy:    &policy{host: rh.Host, plain: mayBePlain(rh, !guarded), header: header},
-		opts:      o,
-		auth:      map[string]*auth{},
+		name:         rh.Host,
+		scheme:       rh.Scheme,
+		host:         rh.Host,
+		path:         rh.Path,
+		capabilities: rh.Capabilities,
+		header:       header,
+		transport:    asking{rh.Client.Transport},
+		policy:       &policy{host: rh.Host, plain: mayBePlain(rh, !guarded), header: header},
+		opts:         o,
+		auth:         map[string]*auth{},
+		sources:      map[blobKey]weak.Pointer[Source]{},
 	}
 	if rh.Path != "/v2" {
 		ep.name += rh.Path // one machine may stand for several registries
@@ -157,6 +176,33 @@ func newEndpoint(asked string, rh docker.RegistryHost, o Options) *endpoint {
 		ep.proxies = asked
 	}
 	return ep
+}
+
+// source returns the one Source of a blob, which exists as long as somebody has
+// it: all who fetch the blob share the place that the host points to.
+func (ep *endpoint) source(key blobKey) (*Source, error) {
+	a := ep.authFor(key.repository)
+	ep.mu.Lock()
+	defer ep.mu.Unlock()
+	if s := ep.sources[key].Value(); s != nil {
+		return s, nil
+	}
+	s, err := newSource(ep, a, key)
+	if err != nil {
+		return nil, err
+	}
+	ep.sources[key] = weak.Make(s)
+	runtime.AddCleanup(s, ep.dropSource, key)
+	return s, nil
+}
+
+// dropSource is called when the last one who had a Source is gone.
+func (ep *endpoint) dropSource(key blobKey) {
+	ep.mu.Lock()
+	defer ep.mu.Unlock()
+	if ep.sources[key].Value() == nil { // else there is a new one
+		delete(ep.sources, key)
+	}
 }
 
 // authFor returns the tokens of a repository. Each has its own: an authorizer
