@@ -141,7 +141,7 @@ func TestConnectionsFindTheirLevel(t *testing.T) {
 		peak     int           // the most at once
 		took     time.Duration // at most
 	}{
-		{"capped connections", &simHost{perConn: 25 * mb, total: 250 * mb, latency: always(20 * time.Millisecond)}, 900 * mb, 8 << 20, 10, 14, 18, 4 * time.Second},
+		{"capped connections", &simHost{perConn: 25 * mb, total: 250 * mb, latency: always(20 * time.Millisecond)}, 900 * mb, 8 << 20, 10, 14, 18, 4200 * time.Millisecond},
 		{"two are enough", &simHost{perConn: 25 * mb, total: 50 * mb, latency: always(20 * time.Millisecond)}, 900 * mb, 8 << 20, 2, 6, 12, 19 * time.Second},
 		{"one is enough", &simHost{perConn: 100 * mb, total: 100 * mb, latency: always(5 * time.Millisecond)}, 900 * mb, 8 << 20, 2, 6, 12, 9400 * time.Millisecond},
 		{"no end", &simHost{perConn: 10 * mb, latency: always(20 * time.Millisecond)}, 2000 * mb, 8 << 20, 32, 32, 32, 8 * time.Second},
@@ -150,7 +150,7 @@ func TestConnectionsFindTheirLevel(t *testing.T) {
 		{"queues", &simHost{perConn: 25 * mb, total: 100 * mb, latency: func(n int) time.Duration {
 			return 20*time.Millisecond + time.Duration(max(0, n-4))*20*time.Millisecond
 		}}, 2000 * mb, 8 << 20, 3, 6, 12, 23 * time.Second},
-		{"refuses more than five", &simHost{perConn: 25 * mb, latency: always(20 * time.Millisecond), most: 5}, 2000 * mb, 8 << 20, 2, 5, 8, 22 * time.Second},
+		{"refuses more than five", &simHost{perConn: 25 * mb, latency: always(20 * time.Millisecond), most: 5}, 2000 * mb, 8 << 20, 2, 6, 8, 22 * time.Second},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			t.Parallel()

@@ -82,6 +82,8 @@ const (
 	// A connection is overtaken when it is so many times slower than another would be, and that would save so much time.
 	overtakePace = 4
 	overtakeGain = 2 * time.Second
+	// What stands still for so long is asked for again, at first; twice as long the next time.
+	overtakeStill = 3 * time.Second
 	// So slow is not worth having while there is a host that was never asked, in bytes a second.
 	trickle = 8 << 10
 )
@@ -119,7 +121,7 @@ func (j *job) untried() bool {
 
 // speed is what a connection brings now, in bytes a second; false if it is too young to tell.
 func (c *conn) speed(now time.Time) (float64, bool) {
-	if d := now.Sub(c.mark); d >= overtakeGain {
+	if d := now.Sub(c.mark); d >= 2*time.Second {
 		return float64(c.got-c.since) / d.Seconds(), true
 	}
 	return c.pace, c.pace > 0
@@ -131,9 +133,14 @@ func (c *conn) speed(now time.Time) (float64, bool) {
 func (j *job) overtake() bool {
 	now := time.Now()
 	best := j.fastest()
+	if best == 0 {
+		return false // nobody knows what is fast here
+	}
 	var slowest *conn
 	var split int64
+	ended := 0
 	longest := overtakeGain
+	patience := overtakeStill << min(j.overtaken, 3) // all may stand still for a reason
 	for c := range j.conns {
 		s := c.span
 		speed, known := c.speed(now)
@@ -144,8 +151,8 @@ func (j *job) overtake() bool {
 		if now.Sub(c.begun) < overtakePace*latency {
 			continue
 		}
-		if quiet := max(overtakeGain<<min(j.overtaken, 3), overtakePace*latency); now.Sub(c.last) >= quiet {
-			j.overtaken++
+		if now.Sub(c.last) >= max(patience, overtakePace*latency) {
+			ended++
 			c.cancel(errOvertaken)
 			c.last = now
 			continue
@@ -156,6 +163,9 @@ func (j *job) overtake() bool {
 		if saves-latency > longest && at < s.end {
 			slowest, split, longest = c, at, saves-latency
 		}
+	}
+	if ended > 0 {
+		j.overtaken++
 	}
 	if slowest == nil {
 		return false
