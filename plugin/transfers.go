@@ -32,15 +32,12 @@ type transfers struct {
 }
 
 func openTransfers(c *config.Config) (*transfers, error) {
-	hosts, err := transfer.NewHosts(transfer.HostLimits{PerHost: c.Transfer.ConnectionsPerHost, Total: c.Transfer.Connections})
-	if err != nil {
-		return nil, err
-	}
 	t := &transfers{
 		root: c.Transfer.Root,
 		options: transfer.Options{
-			ChunkSize:   c.Transfer.ChunkSize,
-			Hosts:       hosts, // also where namespaces share no content
+			ChunkSize: c.Transfer.ChunkSize,
+			// One for all, also where namespaces share no content.
+			Hosts:       transfer.NewHosts(transfer.HostLimits{PerHost: c.Transfer.ConnectionsPerHost, Total: c.Transfer.Connections}),
 			GiveUp:      c.Transfer.GiveUp,
 			KeepPartial: c.Transfer.KeepPartial,
 		},

@@ -29,10 +29,7 @@ func TestChunk(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			hosts, err := NewHosts(HostLimits{})
-			if err != nil {
-				t.Fatal(err)
-			}
+			hosts := NewHosts(HostLimits{})
 			o := Options{ChunkSize: c.chunkSize}
 			j := newJob("", Blob{Digest: digest.FromString(name), Size: c.size}, o, &shared{hosts: hosts})
 			h := &host{shared: hosts.host("a")}
@@ -51,10 +48,7 @@ func TestChunk(t *testing.T) {
 
 func TestPace(t *testing.T) {
 	t.Parallel()
-	hosts, err := NewHosts(HostLimits{})
-	if err != nil {
-		t.Fatal(err)
-	}
+	hosts := NewHosts(HostLimits{})
 	h := hosts.host("a")
 	hosts.brought(h, 100, 0) // the clock did not move
 	if want := 100_000.0; h.pace != want {

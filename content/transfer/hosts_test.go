@@ -116,15 +116,6 @@ func (s *simHost) request(hs *Hosts, h *hostState, j *job, n int64) bool {
 	return true
 }
 
-func newHosts(t testing.TB, l HostLimits) *Hosts {
-	t.Helper()
-	hs, err := NewHosts(l)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return hs
-}
-
 func always(d time.Duration) func(int) time.Duration { return func(int) time.Duration { return d } }
 
 // TestConnectionsFindTheirLevel fetches from hosts of different kinds and looks at where the number of connections
@@ -155,7 +146,7 @@ func TestConnectionsFindTheirLevel(t *testing.T) {
 		t.Run(tc.name, func(t *testing.T) {
 			t.Parallel()
 			synctest.Test(t, func(t *testing.T) {
-				hs := newHosts(t, HostLimits{})
+				hs := NewHosts(HostLimits{})
 				start := time.Now()
 				var wg sync.WaitGroup
 				for i := range 3 {

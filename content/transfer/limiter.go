@@ -3,15 +3,12 @@ package transfer
 import (
 	"cmp"
 	"context"
-	"fmt"
 	"slices"
 	"sync"
 	"time"
-
-	"github.com/containerd/errdefs"
 )
 
-// HostLimits bound the requests under way. Zero means default.
+// HostLimits bound the requests under way. Below one means default.
 type HostLimits struct {
 	// PerHost is the most for one host; how many it really gets is found out below that. Default 32.
 	PerHost int
@@ -46,14 +43,15 @@ const (
 )
 
 // NewHosts makes one for a process.
-func NewHosts(l HostLimits) (*Hosts, error) {
-	if l.PerHost < 0 || l.Total < 0 {
-		return nil, fmt.Errorf("limits of connections must not be negative: %+v: %w", l, errdefs.ErrInvalidArgument)
+func NewHosts(l HostLimits) *Hosts {
+	if l.PerHost < 1 {
+		l.PerHost = 32
 	}
-	l.PerHost = cmp.Or(l.PerHost, 32)
-	l.Total = max(cmp.Or(l.Total, 64), 1)
+	if l.Total < 1 {
+		l.Total = 64
+	}
 	l.PerHost = min(l.PerHost, l.Total)
-	return &Hosts{limits: l, hosts: map[string]*hostState{}}, nil
+	return &Hosts{limits: l, hosts: map[string]*hostState{}}
 }
 
 // hostState is a host as all transfers of the process see it. Guarded by Hosts.mu.
@@ -83,12 +81,15 @@ type waiter struct {
 	want    int          // so many more
 	hosts   []*hostState // to any of them, the first that has room
 	granted chan *hostState
+	again   chan struct{} // look again: a host is to be left alone for a while
 }
 
 // mostWanted is how many connections a waiter can get at once.
 const mostWanted = 16
 
-func newWaiter(j *job) *waiter { return &waiter{job: j, granted: make(chan *hostState, mostWanted)} }
+func newWaiter(j *job) *waiter {
+	return &waiter{job: j, granted: make(chan *hostState, mostWanted), again: make(chan struct{}, 1)}
+}
 
 // host returns what is known of a host.
 func (hs *Hosts) host(name string) *hostState {
@@ -137,6 +138,8 @@ func (hs *Hosts) acquire(ctx context.Context, w *waiter, hosts []*hostState, wan
 	case h := <-w.granted:
 		return h, nil
 	case <-changed:
+		return nil, nil
+	case <-w.again:
 		return nil, nil
 	case <-timer.C:
 		return nil, nil
@@ -349,11 +352,23 @@ func (hs *Hosts) failure(h *hostState, begun time.Time, got int64, err error) {
 	default:
 		h.lastErr = err
 	}
-	h.until = later(h.until, now.Add(max(wait, after)))
+	if until := now.Add(max(wait, after)); until.After(h.until) {
+		h.until = until
+		hs.nudge(h)
+	}
 	if h.fails >= absentTries && isAbsent(err) {
 		h.absent = err
 	}
 	h.control.fall(now, h.used, got == 0 && !isOurs(err), after > 0)
+}
+
+// nudge has those who wait for a host look again at when they may ask it. Called with mu held.
+func (hs *Hosts) nudge(h *hostState) {
+	for _, w := range hs.waiting {
+		if slices.Contains(w.hosts, h) && len(w.again) == 0 {
+			w.again <- struct{}{}
+		}
+	}
 }
 
 func (hs *Hosts) honoursRanges(h *hostState) bool {

@@ -24,7 +24,8 @@ type Blob struct {
 
 // Options of a Manager. Zero means default.
 type Options struct {
-	// ChunkSize is how many bytes one request asks for, rounded to blocks of 256 KiB. Default: by the blob's size, 1 to 8 MiB.
+	// ChunkSize is how many bytes one request asks for, rounded to blocks of 256 KiB. Default: 1 to 64 MiB, by what is
+	// left of the blob and by what the host brings.
 	ChunkSize int64
 	// Hosts shares connections out to the transfers of all managers that have it. Default: the manager's own.
 	Hosts *Hosts
@@ -52,11 +53,7 @@ func (o Options) withDefaults() (Options, error) {
 		o.ChunkSize = blockEnd(o.ChunkSize - 1)
 	}
 	if o.Hosts == nil {
-		hosts, err := NewHosts(HostLimits{PerHost: o.ConnectionsPerHost})
-		if err != nil {
-			return o, err
-		}
-		o.Hosts = hosts
+		o.Hosts = NewHosts(HostLimits{PerHost: o.ConnectionsPerHost})
 	}
 	o.MaxTransfers = cmp.Or(o.MaxTransfers, 16)
 	o.GiveUp = cmp.Or(o.GiveUp, 2*time.Minute)

@@ -27,30 +27,35 @@ const (
 	runAheadChunks = 4
 )
 
-// chunk is how much the next request asks of a host, in bytes, if the transfer has n connections: what the host brings
-// in chunkTime, but no more than half of a connection's part of what nobody fetches yet. So the last chunks are the smallest
-// and the connections end together.
+// aim is how much a request should ask of a host, in bytes: what it brings in that time.
+func (j *job) aim(h *hostState) int64 {
+	v := j.shared.hosts.look(h)
+	if v.pace == 0 {
+		return chunkStart
+	}
+	return int64(min(v.pace*max(chunkTime, chunkLatencies*v.latency).Seconds(), chunkMax))
+}
+
+// chunk is how much the next request asks of a host, in bytes, if the transfer has n connections: no more than half of a
+// connection's part of what nobody fetches yet. So the last chunks are the smallest and the connections end together.
 func (j *job) chunk(h *host, n int) int64 {
 	if j.opts.ChunkSize > 0 {
 		return j.opts.ChunkSize
 	}
-	chunk := int64(chunkStart)
-	if v := j.shared.hosts.look(h.shared); v.pace > 0 {
-		chunk = int64(min(v.pace*max(chunkTime, chunkLatencies*v.latency).Seconds(), chunkMax))
-	}
 	share := j.ledger.unclaimed() / int64(2*n)
-	return max(min(chunk, share)/blockSize*blockSize, chunkMin)
+	return max(min(j.aim(h.shared), share)/blockSize*blockSize, chunkMin)
 }
 
-// runAhead is how far beyond the frontier a chunk may start, in bytes: on disk, not in memory.
+// runAhead is how far beyond the frontier a chunk may start, in bytes: on disk, not in memory. Called with mu held.
 func (j *job) runAhead() int64 {
-	chunk := int64(chunkStart)
+	n, chunk := startConnections, int64(chunkStart)
+	for _, h := range j.hosts {
+		if h.conns > 0 {
+			n, chunk = max(n, h.conns), max(chunk, j.aim(h.shared))
+		}
+	}
 	if j.opts.ChunkSize > 0 {
 		chunk = j.opts.ChunkSize
-	}
-	n := startConnections
-	for _, h := range j.hosts {
-		n = max(n, h.conns)
 	}
 	return runAheadChunks * chunk * int64(min(n, j.shared.hosts.limits.PerHost))
 }

@@ -28,7 +28,7 @@ func TestRetryAfterHoldsForAll(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		one, oneBlob := randomBlob(1, 4<<20)
 		two, twoBlob := randomBlob(2, 4<<20)
-		hosts := newHosts(t, HostLimits{})
+		hosts := NewHosts(HostLimits{})
 		start := time.Now()
 		first := &fakeSource{host: "a", data: one, reply: func(_ context.Context, call int, _, _ int64) (fakeReply, error) {
 			if call == 1 {
@@ -249,7 +249,7 @@ func TestFairShares(t *testing.T) {
 func TestSlowHostLeavesRoom(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
-		hosts := newHosts(t, HostLimits{PerHost: 16, Total: 16})
+		hosts := NewHosts(HostLimits{PerHost: 16, Total: 16})
 		m := newManager(t, t.TempDir(), Options{ChunkSize: 1 << 20, Hosts: hosts})
 		for i := range byte(2) {
 			data, b := randomBlob(i, 24<<20)

@@ -42,7 +42,7 @@ func fields(c *Config) []field {
 		{key: "transfer.root", value: path(&c.Transfer.Root), parent: &c.Root, derived: "transfers",
 			doc: "Blobs that are being fetched. Must be on the file system of content.root."},
 		{key: "transfer.chunk_size", value: size(&c.Transfer.ChunkSize, 1<<20, 64<<20), fallback: "0",
-			doc: "Bytes that one request asks a registry for. 0: gantryd chooses by the size of the blob."},
+			doc: "Bytes that one request asks a registry for. 0: 1MiB to 64MiB, by what is left of the blob and how fast the registry is."},
 		{key: "transfer.connections_per_host", value: count(&c.Transfer.ConnectionsPerHost, 1, 256), fallback: "32",
 			doc: "The most requests to one registry host at once, over all blobs. How many it gets below that is found out by how much more they bring."},
 		{key: "transfer.connections", value: count(&c.Transfer.Connections, 1, 1024), fallback: "64",
