@@ -16,7 +16,8 @@ type simHost struct {
 	perConn, total float64
 	latency        func(active int) time.Duration
 	most           int
-	retryAfter     time.Duration
+	tenth          bool  // answers 503 to one request in ten
+	cut            int64 // ends every connection after that many bytes
 
 	mu       sync.Mutex
 	active   int
@@ -97,11 +98,14 @@ func (s *simHost) request(hs *Hosts, h *hostState, j *job, n int64) bool {
 	active := s.enter(1)
 	defer s.enter(-1)
 	time.Sleep(s.latency(active))
-	if s.most > 0 && active > s.most {
-		s.mu.Lock()
+	s.mu.Lock()
+	refused := s.most > 0 && active > s.most || s.tenth && len(s.requests)%10 == 0
+	if refused {
 		s.refused++
-		s.mu.Unlock()
-		hs.failure(h, begun, 0, retryLater{s.retryAfter})
+	}
+	s.mu.Unlock()
+	if refused {
+		hs.failure(h, begun, 0, retryLater{})
 		return false
 	}
 	hs.answered(h, time.Since(begun))
@@ -113,6 +117,9 @@ func (s *simHost) request(hs *Hosts, h *hostState, j *job, n int64) bool {
 		hs.arrived(h, part)
 	}
 	hs.brought(h, n, time.Since(first))
+	if s.cut > 0 && n == s.cut {
+		hs.failure(h, begun, n, errReset)
+	}
 	return true
 }
 
@@ -141,6 +148,8 @@ func TestConnectionsFindTheirLevel(t *testing.T) {
 		{"queues", &simHost{perConn: 25 * mb, total: 100 * mb, latency: func(n int) time.Duration {
 			return 20*time.Millisecond + time.Duration(max(0, n-4))*20*time.Millisecond
 		}}, 2000 * mb, 8 << 20, 3, 6, 12, 23 * time.Second},
+		{"503 to one in ten", &simHost{perConn: 25 * mb, total: 250 * mb, latency: always(20 * time.Millisecond), tenth: true}, 2000 * mb, 8 << 20, 2, 16, 18, 20 * time.Second},
+		{"cut every 4 MiB", &simHost{perConn: 25 * mb, total: 250 * mb, latency: always(20 * time.Millisecond), cut: 4 << 20}, 2000 * mb, 4 << 20, 3, 16, 18, 20 * time.Second},
 		{"refuses more than five", &simHost{perConn: 25 * mb, latency: always(20 * time.Millisecond), most: 5}, 2000 * mb, 8 << 20, 2, 6, 8, 22 * time.Second},
 	} {
 		t.Run(tc.name, func(t *testing.T) {

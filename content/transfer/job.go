@@ -60,7 +60,7 @@ type job struct {
 	queued     bool   // waits for a connection that other transfers have
 	open       int    // connections under way
 	conns      map[*conn]struct{}
-	told       bool // a host said when to come back
+	told       bool // a host said when to come back: it is there
 	overtaken  int  // connections that were ended because they brought nothing
 	lastErr    error
 	rate       meter

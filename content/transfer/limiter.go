@@ -64,6 +64,7 @@ type hostState struct {
 	idle    time.Time // when it was used last
 
 	until   time.Time // no request before
+	told    time.Time // the same, as far as the host said so itself
 	fails   int       // rounds of failures in a row; those that began before a failure was seen count with it
 	failed  time.Time // when the last one was counted
 	down    time.Time // when the first of them was asked
@@ -269,6 +270,7 @@ type view struct {
 	until  time.Time
 	down   bool // has failed for some time, or will not answer for some
 	well   bool // did not fail last
+	told   bool // said that it wants to be left alone now
 	pace   float64
 	absent error
 
@@ -279,7 +281,7 @@ func (hs *Hosts) look(h *hostState) view {
 	hs.mu.Lock()
 	defer hs.mu.Unlock()
 	now := time.Now()
-	v := view{until: h.until, well: h.fails == 0, absent: h.absent, latency: h.control.latency}
+	v := view{until: h.until, told: h.told.After(now), well: h.fails == 0, absent: h.absent, latency: h.control.latency}
 	v.down = h.fails > 0 && now.Sub(h.down) >= downTime || h.until.Sub(now) >= downTime
 	if now.Sub(h.paced) < paceTime {
 		v.pace = h.pace
@@ -351,6 +353,9 @@ func (hs *Hosts) failure(h *hostState, begun time.Time, got int64, err error) {
 		fallthrough
 	default:
 		h.lastErr = err
+	}
+	if after > 0 {
+		h.told = later(h.told, now.Add(after))
 	}
 	if until := now.Add(max(wait, after)); until.After(h.until) {
 		h.until = until

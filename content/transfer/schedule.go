@@ -306,7 +306,6 @@ func (j *job) end(ctx context.Context, c *conn, got int64, err error) error {
 	if !isFinal(err) {
 		j.shared.hosts.failure(src.host.shared, c.begun, got, j.lastErr)
 	}
-	j.told = j.told || retryAfter(err) > 0
 	l := log.G(ctx).WithField("digest", j.blob.Digest).WithField("host", src.host.name).WithError(j.lastErr)
 	switch {
 	case errors.Is(src.gone, errdefs.ErrFailedPrecondition):

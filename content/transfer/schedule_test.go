@@ -307,3 +307,65 @@ func TestStuckSaysWhy(t *testing.T) {
 		}
 	})
 }
+
+// TestWaitersHearOfRetryAfter has a transfer wait for a host when another one is told to come back later, and then goes away.
+func TestWaitersHearOfRetryAfter(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		one, oneBlob := randomBlob(1, 1<<20)
+		two, twoBlob := randomBlob(2, 1<<20)
+		m := newManager(t, t.TempDir(), Options{ConnectionsPerHost: 1, Grace: time.Nanosecond})
+		first := join(t, m, oneBlob, &fakeSource{host: "a", data: one, reply: func(context.Context, int, int64, int64) (fakeReply, error) {
+			time.Sleep(2 * time.Second)
+			return fakeReply{}, retryLater{10 * time.Second}
+		}})
+		time.Sleep(time.Second)
+		start := time.Now()
+		second := join(t, m, twoBlob, &fakeSource{host: "a", data: two})
+		time.Sleep(2 * time.Second)
+		_ = first.Close()
+		wait(t, second)
+		if took := time.Since(start); took < 11*time.Second || took > 12*time.Second {
+			t.Errorf("took %s, want 11s", took)
+		}
+	})
+}
+
+// TestSlowFirstAnswer has a host take its time before it sends anything: nobody knows a better one, so it is let be.
+func TestSlowFirstAnswer(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		data, b := randomBlob(1, 4<<20)
+		src := &fakeSource{host: "a", data: data, reply: func(ctx context.Context, _ int, _, _ int64) (fakeReply, error) {
+			return fakeReply{}, sleep(ctx, 4*time.Second)
+		}}
+		wait(t, join(t, newManager(t, t.TempDir(), Options{ChunkSize: 1 << 20}), b, src))
+		if calls, _ := src.stats(); calls != 4 {
+			t.Errorf("%d requests, want 4", calls)
+		}
+	})
+}
+
+// TestKillCostsLittle copies the root as a kill leaves it while every connection is in the middle of a block: what is fetched again is less than a
+// step of each.
+func TestKillCostsLittle(t *testing.T) {
+	t.Parallel()
+	const conns, arrived = 4, 200_000
+	data, b := randomBlob(1, 4<<20)
+	root := t.TempDir()
+	m := newManager(t, root, Options{ChunkSize: 1 << 20, ConnectionsPerHost: conns})
+	src := &fakeSource{host: "a", data: data, reply: func(context.Context, int, int64, int64) (fakeReply, error) {
+		return fakeReply{cut: arrived, stall: true}, nil
+	}}
+	join(t, m, b, src)
+	const kept = arrived / recordStep * recordStep
+	eventually(t, "all connections to be in the middle", func() bool { return m.List()[0].Received == conns*kept })
+	if n := m.List()[0].Connections; n != conns {
+		t.Errorf("the list says %d connections, want %d", n, conns)
+	}
+	again := &fakeSource{host: "b", data: data}
+	wait(t, join(t, newManager(t, copyRoot(t, root), Options{}), b, again))
+	if _, sent := again.stats(); sent != b.Size-conns*kept {
+		t.Errorf("fetched %d bytes after the kill, want %d", sent, b.Size-conns*kept)
+	}
+}

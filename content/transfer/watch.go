@@ -38,10 +38,13 @@ func (j *job) queueing() bool {
 	return j.open == 0 && j.queued
 }
 
-// answered says whether a host said at least when to come back.
+// answered says whether a host said at least when to come back, to this transfer or to another one: it is there.
 func (j *job) answered() bool {
 	j.mu.Lock()
 	defer j.mu.Unlock()
+	for _, h := range j.hosts {
+		j.told = j.told || j.shared.hosts.look(h.shared).told
+	}
 	return j.told
 }
 
