@@ -178,3 +178,28 @@ func TestConnectionsFindTheirLevel(t *testing.T) {
 		})
 	}
 }
+
+// TestHostsAreForgotten bounds what is kept: names of hosts come from labels.
+func TestHostsAreForgotten(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		hs := NewHosts(HostLimits{})
+		first := hs.host("first")
+		first.used = 1
+		for i := range 2 * maxHosts {
+			time.Sleep(time.Millisecond)
+			hs.host(fmt.Sprint(i))
+		}
+		if len(hs.hosts) > maxHosts {
+			t.Errorf("%d hosts are remembered, want at most %d", len(hs.hosts), maxHosts)
+		}
+		if hs.host("first") != first {
+			t.Error("a host in use was forgotten")
+		}
+		first.used = 0
+		time.Sleep(2 * forgetHost)
+		if hs.host("first") == first {
+			t.Error("what a host was worth is kept for ever")
+		}
+	})
+}
