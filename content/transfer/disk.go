@@ -153,6 +153,49 @@ func (f *folder) closeState() error {
 	return err
 }
 
+// openLog opens the state file once more, to read it: it says what was here when the folder is long reset.
+func (f *folder) openLog() (*os.File, error) { return os.Open(filepath.Join(f.path, stateName)) }
+
+// unrecord has the state file forget blocks, by block number. It is replaced in one step: a crash leaves the old one or
+// the new one, and with the new one a resume trusts nothing that was forgotten.
+func (f *folder) unrecord(gone []bool) (err error) {
+	path := filepath.Join(f.path, stateName)
+	log, err := readLog(path)
+	if err != nil {
+		return err
+	}
+	state, err := createState(path+".new", log.size, log.sum)
+	if err != nil {
+		return err
+	}
+	f.log = log
+	for _, r := range f.recorded() {
+		if gone[r.block] {
+			delete(log.blocks, r.block)
+			continue
+		}
+		if err := state.append(kindBlock, r); err != nil {
+			return errors.Join(err, state.Close())
+		}
+	}
+	// Without the fsync a power cut could leave an empty file of that name.
+	if err := errors.Join(state.f.Sync(), os.Rename(path+".new", path), f.data.Chmod(0o600)); err != nil {
+		return errors.Join(err, state.Close())
+	}
+	old := f.state
+	f.state = state
+	return old.Close()
+}
+
+func readLog(path string) (*stateLog, error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return nil, err
+	}
+	defer func() { _ = f.Close() }()
+	return readState(f)
+}
+
 // record notes that the first n bytes of the block that holds last are there.
 func (f *folder) record(block uint32, length int64, crc uint32) error {
 	return f.state.append(kindBlock, record{block: block, length: uint32(length), crc: crc})

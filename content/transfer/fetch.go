@@ -325,9 +325,8 @@ func (j *job) landed(h *host, s *span, p []byte) error {
 	}
 	j.mu.Lock()
 	defer j.mu.Unlock()
-	if h != nil {
-		h.served, h.fails = true, 0
-	}
+	h.fails = 0
+	j.served.note(uint32(start/blockSize), h.name)
 	j.ledger.landed(s, end, crc)
 	j.advance()
 	return nil

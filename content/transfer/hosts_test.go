@@ -123,7 +123,7 @@ func (s *simHost) request(hs *Hosts, h *hostState, j *job, n int64) bool {
 	return true
 }
 
-func always(d time.Duration) func(int) time.Duration { return func(int) time.Duration { return d } }
+func every(d time.Duration) func(int) time.Duration { return func(int) time.Duration { return d } }
 
 // TestConnectionsFindTheirLevel fetches from hosts of different kinds and looks at where the number of connections
 // comes to rest, how far it went, and what that cost.
@@ -139,18 +139,18 @@ func TestConnectionsFindTheirLevel(t *testing.T) {
 		peak     int           // the most at once
 		took     time.Duration // at most
 	}{
-		{"capped connections", &simHost{perConn: 25 * mb, total: 250 * mb, latency: always(20 * time.Millisecond)}, 900 * mb, 8 << 20, 10, 14, 18, 4200 * time.Millisecond},
-		{"two are enough", &simHost{perConn: 25 * mb, total: 50 * mb, latency: always(20 * time.Millisecond)}, 900 * mb, 8 << 20, 2, 6, 12, 19 * time.Second},
-		{"one is enough", &simHost{perConn: 100 * mb, total: 100 * mb, latency: always(5 * time.Millisecond)}, 900 * mb, 8 << 20, 2, 6, 12, 9400 * time.Millisecond},
-		{"no end", &simHost{perConn: 10 * mb, latency: always(20 * time.Millisecond)}, 2000 * mb, 8 << 20, 32, 32, 32, 8 * time.Second},
-		{"far away", &simHost{perConn: 5 * mb, total: 80 * mb, latency: always(300 * time.Millisecond)}, 2000 * mb, 16 << 20, 14, 27, 32, 34 * time.Second},
-		{"slow line", &simHost{perConn: 2 * mb, total: 2 * mb, latency: always(50 * time.Millisecond)}, 200 * mb, 1 << 20, 2, 6, 12, 110 * time.Second},
+		{"capped connections", &simHost{perConn: 25 * mb, total: 250 * mb, latency: every(20 * time.Millisecond)}, 900 * mb, 8 << 20, 10, 14, 18, 4200 * time.Millisecond},
+		{"two are enough", &simHost{perConn: 25 * mb, total: 50 * mb, latency: every(20 * time.Millisecond)}, 900 * mb, 8 << 20, 2, 6, 12, 19 * time.Second},
+		{"one is enough", &simHost{perConn: 100 * mb, total: 100 * mb, latency: every(5 * time.Millisecond)}, 900 * mb, 8 << 20, 2, 6, 12, 9400 * time.Millisecond},
+		{"no end", &simHost{perConn: 10 * mb, latency: every(20 * time.Millisecond)}, 2000 * mb, 8 << 20, 32, 32, 32, 8 * time.Second},
+		{"far away", &simHost{perConn: 5 * mb, total: 80 * mb, latency: every(300 * time.Millisecond)}, 2000 * mb, 16 << 20, 14, 27, 32, 34 * time.Second},
+		{"slow line", &simHost{perConn: 2 * mb, total: 2 * mb, latency: every(50 * time.Millisecond)}, 200 * mb, 1 << 20, 2, 6, 12, 110 * time.Second},
 		{"queues", &simHost{perConn: 25 * mb, total: 100 * mb, latency: func(n int) time.Duration {
 			return 20*time.Millisecond + time.Duration(max(0, n-4))*20*time.Millisecond
 		}}, 2000 * mb, 8 << 20, 3, 6, 12, 23 * time.Second},
-		{"503 to one in ten", &simHost{perConn: 25 * mb, total: 250 * mb, latency: always(20 * time.Millisecond), tenth: true}, 2000 * mb, 8 << 20, 2, 16, 18, 20 * time.Second},
-		{"cut every 4 MiB", &simHost{perConn: 25 * mb, total: 250 * mb, latency: always(20 * time.Millisecond), cut: 4 << 20}, 2000 * mb, 4 << 20, 3, 16, 18, 20 * time.Second},
-		{"refuses more than five", &simHost{perConn: 25 * mb, latency: always(20 * time.Millisecond), most: 5}, 2000 * mb, 8 << 20, 2, 6, 8, 22 * time.Second},
+		{"503 to one in ten", &simHost{perConn: 25 * mb, total: 250 * mb, latency: every(20 * time.Millisecond), tenth: true}, 2000 * mb, 8 << 20, 2, 16, 18, 20 * time.Second},
+		{"cut every 4 MiB", &simHost{perConn: 25 * mb, total: 250 * mb, latency: every(20 * time.Millisecond), cut: 4 << 20}, 2000 * mb, 4 << 20, 3, 16, 18, 20 * time.Second},
+		{"refuses more than five", &simHost{perConn: 25 * mb, latency: every(20 * time.Millisecond), most: 5}, 2000 * mb, 8 << 20, 2, 6, 8, 22 * time.Second},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			t.Parallel()
@@ -186,12 +186,12 @@ func TestHostsAreForgotten(t *testing.T) {
 		hs := NewHosts(HostLimits{})
 		first := hs.host("first")
 		first.used = 1
-		for i := range 2 * maxHosts {
+		for i := range 2 * knownHosts {
 			time.Sleep(time.Millisecond)
 			hs.host(fmt.Sprint(i))
 		}
-		if len(hs.hosts) > maxHosts {
-			t.Errorf("%d hosts are remembered, want at most %d", len(hs.hosts), maxHosts)
+		if len(hs.hosts) > knownHosts {
+			t.Errorf("%d hosts are remembered, want at most %d", len(hs.hosts), knownHosts)
 		}
 		if hs.host("first") != first {
 			t.Error("a host in use was forgotten")

@@ -51,6 +51,7 @@ type job struct {
 	folder     *folder
 	hold       *holding
 	ledger     *ledger
+	served     served // whose bytes are in the data
 	frontier   int64
 	generation int  // counts restarts
 	verified   bool // the digest is right

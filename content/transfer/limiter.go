@@ -29,7 +29,7 @@ type Hosts struct {
 
 const (
 	// Names of hosts come from labels, so there is no natural bound.
-	maxHosts = 256
+	knownHosts = 256
 	// What a host was worth so long ago says nothing any more.
 	forgetHost = 10 * time.Minute
 	// The longest that a host is obeyed with Retry-After.
@@ -99,7 +99,7 @@ func (hs *Hosts) host(name string) *hostState {
 	now := time.Now()
 	h := hs.hosts[name]
 	if h == nil || h.used == 0 && now.Sub(h.idle) > forgetHost {
-		if h == nil && len(hs.hosts) >= maxHosts {
+		if h == nil && len(hs.hosts) >= knownHosts {
 			hs.evict()
 		}
 		h = &hostState{name: name, control: newControl(hs.limits.PerHost), images: map[string]int{}, jobs: map[*job]int{}}

@@ -130,6 +130,7 @@ func New(root string, o Options) (*Manager, error) {
 		shared: &shared{
 			hosts:   o.Hosts,
 			running: make(chan struct{}, o.MaxTransfers),
+			liars:   map[string]time.Time{},
 			done:    map[string]stamp{},
 		},
 	}, nil

@@ -195,8 +195,12 @@ func (j *job) drop(h *host, err error) {
 	}
 }
 
+// usable says whether a source may be asked. Called with mu held.
 func (j *job) usable(s *source) bool {
-	return s.gone == nil && (j.only == "" || j.only == s.host.name)
+	if s.gone != nil || j.only != "" {
+		return s.gone == nil && j.only == s.host.name
+	}
+	return !j.shared.lied(s.host.name) || !j.otherTrusted()
 }
 
 // noSource says why nobody is left. Called with mu held.

@@ -4,6 +4,7 @@ import (
 	"context"
 	"os"
 	"sync"
+	"time"
 )
 
 // shared is what all transfers of a manager have in common.
@@ -11,8 +12,9 @@ type shared struct {
 	hosts   *Hosts
 	running chan struct{} // a slot for each running transfer
 
-	mu   sync.Mutex
-	done map[string]stamp // finished data files by path, verified in this process
+	mu    sync.Mutex
+	liars map[string]time.Time // hosts that sent wrong bytes: for how long others are preferred
+	done  map[string]stamp     // finished data files by path, verified in this process
 }
 
 // stamp recognises a data file that was verified before.

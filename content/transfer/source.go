@@ -86,7 +86,6 @@ type host struct {
 	attempts int   // requests made
 	fails    int   // in a row, without progress
 	received int64 // bytes, all generations
-	served   bool  // stored bytes in this generation
 }
 
 type source struct {

@@ -123,33 +123,47 @@ func readState(r io.Reader) (*stateLog, error) {
 		return nil, err
 	}
 	log := &stateLog{stateHeader: h, blocks: map[uint32]record{}}
+	if err := h.scan(br, log.add); err != nil {
+		return nil, err
+	}
+	return log, nil
+}
+
+// scan hands out the records that follow a header, 16 bytes each, valid or not.
+func (h stateHeader) scan(r io.Reader, each func(b []byte)) error {
 	for {
 		var b [recordSize]byte
-		if _, err := io.ReadFull(br, b[:]); err != nil {
+		if _, err := io.ReadFull(r, b[:]); err != nil {
 			if errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) {
-				return log, nil
+				return nil
 			}
-			return nil, err
+			return err
 		}
-		log.add(b[:])
+		each(b[:])
 	}
 }
 
 func (s *stateLog) add(b []byte) {
-	le := binary.LittleEndian
-	if le.Uint32(b[12:]) != recordCheck(s.generation, b) {
-		return
-	}
-	kind := le.Uint32(b[4:]) >> 24
-	r := record{block: le.Uint32(b), length: le.Uint32(b[4:]) & (1<<24 - 1), crc: le.Uint32(b[8:])}
-	switch kind {
+	switch kind, r := s.decode(b); kind {
 	case kindComplete:
 		s.complete = true
 	case kindBlock:
-		if r.length > 0 && int64(r.length) <= blockLen(s.size, r.block) {
-			s.blocks[r.block] = r
-		}
+		s.blocks[r.block] = r
 	}
+}
+
+// decode reads one record; kind 0 if it is none.
+func (h stateHeader) decode(b []byte) (kind uint32, r record) {
+	le := binary.LittleEndian
+	if le.Uint32(b[12:]) != recordCheck(h.generation, b) {
+		return 0, r
+	}
+	kind = le.Uint32(b[4:]) >> 24
+	r = record{block: le.Uint32(b), length: le.Uint32(b[4:]) & (1<<24 - 1), crc: le.Uint32(b[8:])}
+	if kind == kindBlock && (r.length == 0 || int64(r.length) > blockLen(h.size, r.block)) {
+		return 0, r
+	}
+	return kind, r
 }
 
 // blockLen is the length of a block of a blob of that size; 0 or less if there is no such block.

@@ -8,8 +8,6 @@ import (
 	"fmt"
 	"io"
 	"os"
-	"sort"
-	"strings"
 )
 
 const (
@@ -66,17 +64,7 @@ func (j *job) below(ctx context.Context, off int64) (int64, error) {
 func (j *job) servedBy() string {
 	j.mu.Lock()
 	defer j.mu.Unlock()
-	var names []string
-	for _, h := range j.hosts {
-		if h.served {
-			names = append(names, h.name)
-		}
-	}
-	if len(names) == 0 {
-		return "an earlier transfer"
-	}
-	sort.Strings(names)
-	return strings.Join(names, " and ")
+	return j.served.everybody()
 }
 
 // writeback starts writing to disk what lies below the frontier, so that the last fsync is short. It may be slowed
@@ -114,10 +102,12 @@ func (j *job) resume() ([]*check, error) {
 				s := l.take(start, blockEnd(start))
 				l.landed(s, start+int64(r.length), r.crc)
 				l.release(s)
+				j.inherited(r.block)
 			}
 			continue
 		}
 		end := start + int64(r.length)
+		j.inherited(r.block)
 		if n := len(checks); n > 0 && checks[n-1].span.end == start {
 			delete(l.live, l.take(start, end))
 			checks[n-1].span.end = end
@@ -131,6 +121,13 @@ func (j *job) resume() ([]*check, error) {
 	j.ledger = l
 	j.advance()
 	return checks, nil
+}
+
+// inherited notes that a block was there before this attempt.
+func (j *job) inherited(block uint32) {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	j.served.inherit(block)
 }
 
 // recheck compares recorded blocks with the data, in order; what does not match is missing.
@@ -161,6 +158,7 @@ func (j *job) checked(s *span, ok bool) {
 	defer j.mu.Unlock()
 	off, end := s.off, min(blockEnd(s.off), s.end)
 	if !ok {
+		j.served.forget(uint32(off / blockSize))
 		bad := &span{off: off, end: end}
 		j.ledger.live[bad] = struct{}{}
 		j.ledger.release(bad)

@@ -2,12 +2,16 @@ package transfer
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"slices"
 	"time"
 
 	"github.com/containerd/errdefs"
 )
+
+// errNoProgress: no host brought anything for too long.
+var errNoProgress = errors.New("no progress")
 
 // watch ends the transfer when nothing moves for too long. Time spent only queueing for a connection does not count:
 // it is not the host's fault.
@@ -48,11 +52,11 @@ func (j *job) answered() bool {
 	return j.told
 }
 
-// stuck decides that the transfer ends for lack of progress, and says why.
+// stuck decides that the transfer ends for lack of progress, and says why. A host that is asked alone ends only its turn.
 func (j *job) stuck(limit time.Duration) error {
 	j.mu.Lock()
 	defer j.mu.Unlock()
-	j.doomed = true
+	j.doomed = j.only == ""
 	last := j.lastErr
 	for _, s := range j.sources {
 		if err := j.shared.hosts.trouble(s.host.shared); last == nil && err != nil {
@@ -62,8 +66,8 @@ func (j *job) stuck(limit time.Duration) error {
 	if last == nil {
 		last = fmt.Errorf("%s: no reply", j.asked())
 	}
-	return fmt.Errorf("no progress for %s, %d of %d bytes are there: %w: %w",
-		limit, j.ledger.there(), j.blob.Size, errdefs.ErrUnavailable, last)
+	return fmt.Errorf("%w for %s, %d of %d bytes are there: %w: %w",
+		errNoProgress, limit, j.ledger.there(), j.blob.Size, errdefs.ErrUnavailable, last)
 }
 
 // asked names the hosts and how often they were asked. Called with mu held.
