@@ -50,9 +50,9 @@ func BenchmarkResume(b *testing.B) {
 	}
 }
 
-// BenchmarkCapped fetches an image of three layers, 0.9 GB, from a host that gives 25 MB/s to a connection and 250 MB/s to all, with
-// 20 ms until the first byte: with connections that find their level, and with the eight that were fixed before. Reported is the
-// time until the last byte in relation to bytes / 250 MB/s, and the most connections at once.
+// BenchmarkCapped fetches an image of three layers, 0.9 GB, from a host that gives 25 MB/s to a connection and 250 MB/s
+// to all, with 20 ms until the first byte: with connections that find their level, and with the eight that were fixed
+// before. Reported is the time until the last byte in relation to bytes / 250 MB/s, and the most connections at once.
 func BenchmarkCapped(b *testing.B) {
 	const perConn, total, latency = 25e6, 250e6, 20 * time.Millisecond
 	data, _ := randomBlob(1, 300e6)

@@ -225,8 +225,8 @@ func (j *job) arrive(c *conn, n int64) {
 	j.clock(c, n)
 }
 
-// store writes the span of a connection, up to end and for as long as nobody else takes its tail over, from a body that starts
-// where the span does. What is there of a block is recorded at every step, because a kill costs what is not.
+// store writes the span of a connection, up to end and for as long as nobody else takes its tail over, from a body that
+// starts where the span does. What is there of a block is recorded at every step, because a kill costs what is not.
 func (j *job) store(in *reader, end int64, buf []byte) (got int64, err error) {
 	s := in.conn.span
 	for {
@@ -252,7 +252,8 @@ func (j *job) store(in *reader, end int64, buf []byte) (got int64, err error) {
 	}
 }
 
-// recordStep is what a kill may cost of each connection, beside what the kernel holds of it. Blocks are whole multiples.
+// recordStep is what a kill may cost of each connection, beside what the kernel holds of it. Blocks are whole
+// multiples.
 const recordStep = 64 << 10
 
 func stepEnd(off int64) int64 { return off/recordStep*recordStep + recordStep }
@@ -307,7 +308,8 @@ func unexpected(err error) error {
 	return err
 }
 
-// landed writes bytes that follow the start of a live span, all within one block, and records the block when it is full.
+// landed writes bytes that follow the start of a live span, all within one block, and records the block when it is
+// full.
 func (j *job) landed(h *host, s *span, p []byte) error {
 	f := j.folder
 	if _, err := f.data.WriteAt(p, s.off); err != nil {

@@ -12,13 +12,13 @@ import (
 // multiplicative decrease (Chiu and Jain, 1989; RFC 5681) against overload, and hill climbing on the throughput, as
 // TCP Vegas and PCC do, so that it also stops where a host only has no more to give.
 //
-//   - It looks at windows of 150 ms or five times the latency, whichever is longer, and only at windows in which requests waited for a
-//     connection almost all the time: otherwise the limit was not what mattered.
-//   - A trial changes the limit, lets the connections settle for a moment, and compares one window with the rate
-//     before. A rise must bring a good part of what it adds, or it is undone. The first rises are by a half; once one
-//     brought nothing they are by an eighth.
-//   - A rise that brings nothing is followed by trials of fewer connections: as long as the rate stays, fewer do as well, and a
-//     kill or a cut costs less. A latency to the first byte that doubled asks for such a trial, too.
+//   - It looks at windows of 150 ms or five times the latency, whichever is longer, and only at windows in which requests
+//     waited for a connection almost all the time: otherwise the limit was not what mattered.
+//   - A trial changes the limit, lets the connections settle for a moment, and compares a window with the rate before.
+//     A rise must bring a good part of what it adds, or it is undone. The first rises are by a half; once one brought
+//     nothing they are by an eighth, and trials last three windows.
+//   - A rise that brings nothing is followed by trials of fewer connections: as long as the rate stays, fewer do as
+//     well, and a kill or a cut costs less. A latency to the first byte that doubled asks for such a trial, too.
 //   - Then it holds still, for two seconds at first and twice as long after each fruitless round, and tries again.
 //   - 429, 503 and refused connections halve the limit, at most once a window; connections that break in the middle do
 //     so once in two seconds. It comes back by one connection a window up to where it was, or to one below where

@@ -10,8 +10,8 @@ import (
 	"github.com/opencontainers/go-digest"
 )
 
-// simHost is a host in virtual time: so many bytes a second for a connection and for all of them together, a latency, and
-// a number of requests at once above which it answers 429.
+// simHost is a host in virtual time: so many bytes a second for a connection and for all of them together, a latency,
+// and a number of requests at once above which it answers 429.
 type simHost struct {
 	perConn, total float64
 	latency        func(active int) time.Duration
@@ -139,18 +139,18 @@ func TestConnectionsFindTheirLevel(t *testing.T) {
 		peak     int           // the most at once
 		took     time.Duration // at most
 	}{
-		{"capped connections", &simHost{perConn: 25 * mb, total: 250 * mb, latency: every(20 * time.Millisecond)}, 900 * mb, 8 << 20, 10, 14, 18, 4200 * time.Millisecond},
-		{"two are enough", &simHost{perConn: 25 * mb, total: 50 * mb, latency: every(20 * time.Millisecond)}, 900 * mb, 8 << 20, 2, 6, 12, 19 * time.Second},
-		{"one is enough", &simHost{perConn: 100 * mb, total: 100 * mb, latency: every(5 * time.Millisecond)}, 900 * mb, 8 << 20, 2, 6, 12, 9400 * time.Millisecond},
+		{"capped connections", &simHost{perConn: 25 * mb, total: 250 * mb, latency: every(20 * time.Millisecond)}, 900 * mb, 8 << 20, 9, 16, 18, 4300 * time.Millisecond},
+		{"two are enough", &simHost{perConn: 25 * mb, total: 50 * mb, latency: every(20 * time.Millisecond)}, 900 * mb, 8 << 20, 2, 8, 12, 20 * time.Second},
+		{"one is enough", &simHost{perConn: 100 * mb, total: 100 * mb, latency: every(5 * time.Millisecond)}, 900 * mb, 8 << 20, 2, 8, 12, 9600 * time.Millisecond},
 		{"no end", &simHost{perConn: 10 * mb, latency: every(20 * time.Millisecond)}, 2000 * mb, 8 << 20, 32, 32, 32, 8 * time.Second},
-		{"far away", &simHost{perConn: 5 * mb, total: 80 * mb, latency: every(300 * time.Millisecond)}, 2000 * mb, 16 << 20, 14, 27, 32, 34 * time.Second},
-		{"slow line", &simHost{perConn: 2 * mb, total: 2 * mb, latency: every(50 * time.Millisecond)}, 200 * mb, 1 << 20, 2, 6, 12, 110 * time.Second},
+		{"far away", &simHost{perConn: 5 * mb, total: 80 * mb, latency: every(300 * time.Millisecond)}, 2000 * mb, 16 << 20, 12, 32, 32, 38 * time.Second},
+		{"slow line", &simHost{perConn: 2 * mb, total: 2 * mb, latency: every(50 * time.Millisecond)}, 200 * mb, 1 << 20, 2, 8, 12, 110 * time.Second},
 		{"queues", &simHost{perConn: 25 * mb, total: 100 * mb, latency: func(n int) time.Duration {
 			return 20*time.Millisecond + time.Duration(max(0, n-4))*20*time.Millisecond
-		}}, 2000 * mb, 8 << 20, 3, 6, 12, 23 * time.Second},
+		}}, 2000 * mb, 8 << 20, 2, 8, 12, 24 * time.Second},
 		{"503 to one in ten", &simHost{perConn: 25 * mb, total: 250 * mb, latency: every(20 * time.Millisecond), tenth: true}, 2000 * mb, 8 << 20, 2, 16, 18, 20 * time.Second},
 		{"cut every 4 MiB", &simHost{perConn: 25 * mb, total: 250 * mb, latency: every(20 * time.Millisecond), cut: 4 << 20}, 2000 * mb, 4 << 20, 3, 16, 18, 20 * time.Second},
-		{"refuses more than five", &simHost{perConn: 25 * mb, latency: every(20 * time.Millisecond), most: 5}, 2000 * mb, 8 << 20, 2, 6, 8, 22 * time.Second},
+		{"refuses more than five", &simHost{perConn: 25 * mb, latency: every(20 * time.Millisecond), most: 5}, 2000 * mb, 8 << 20, 2, 7, 8, 24 * time.Second},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			t.Parallel()

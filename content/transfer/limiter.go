@@ -109,7 +109,8 @@ func (hs *Hosts) host(name string) *hostState {
 	return h
 }
 
-// evict drops the idle host that was not used for longest. Transfers that still know it lose nothing. Called with mu held.
+// evict drops the idle host that was not used for longest. Transfers that still know it lose nothing. Called with mu
+// held.
 func (hs *Hosts) evict() {
 	var oldest *hostState
 	for _, h := range hs.hosts {

@@ -223,8 +223,8 @@ func (m *Manager) drop(j *job) {
 	}
 }
 
-// retire closes the files of an ended job that nobody has a handle of and nobody can join. Not under Manager.mu: closing
-// the last descriptor of a large file that was removed takes its time.
+// retire closes the files of an ended job that nobody has a handle of and nobody can join. Not under Manager.mu:
+// closing the last descriptor of a large file that was removed takes its time.
 func retire(ctx context.Context, j *job) {
 	if err := j.retire(); err != nil {
 		log.G(ctx).WithField("digest", j.blob.Digest).WithError(err).Warn("closing a transfer")

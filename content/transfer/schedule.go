@@ -19,8 +19,9 @@ const (
 	chunkMin   = 1 << 20
 	chunkStart = 8 << 20
 	chunkMax   = 64 << 20
-	// A request should bring bytes for chunkTime and for chunkLatencies times as long as its first byte took: long beside
-	// what it costs the host (2 ms of CPU in a registry, whatever the size), short enough that the frontier keeps moving.
+	// A request should bring bytes for chunkTime and for chunkLatencies times as long as its first byte took: long
+	// beside what it costs the host (2 ms of CPU in a registry, whatever the size), short enough that the frontier
+	// keeps moving.
 	chunkTime      = 400 * time.Millisecond
 	chunkLatencies = 15
 	// runAheadChunks is how many chunks of each connection may lie beyond the frontier.
@@ -36,8 +37,8 @@ func (j *job) aim(h *hostState) int64 {
 	return int64(min(v.pace*max(chunkTime, chunkLatencies*v.latency).Seconds(), chunkMax))
 }
 
-// chunk is how much the next request asks of a host, in bytes, if the transfer has n connections: no more than half of a
-// connection's part of what nobody fetches yet. So the last chunks are the smallest and the connections end together.
+// chunk is how much the next request asks of a host, in bytes, if the transfer has n connections: no more than half of
+// a connection's part of what nobody fetches yet. So the last chunks are the smallest and the connections end together.
 func (j *job) chunk(h *host, n int) int64 {
 	if j.opts.ChunkSize > 0 {
 		return j.opts.ChunkSize
@@ -91,8 +92,8 @@ func (j *job) dispatch(ctx context.Context, g *errgroup.Group) error {
 	}
 }
 
-// askable lists the hosts that may be asked for a chunk, in the order of their sources, none if there is no chunk to ask for. It
-// also says how long that holds unless something changes. Called with mu held.
+// askable lists the hosts that may be asked for a chunk, in the order of their sources, none if there is no chunk to
+// ask for. It also says how long that holds unless something changes. Called with mu held.
 func (j *job) askable() ([]*hostState, time.Duration, error) {
 	wait := time.Duration(math.MaxInt64)
 	if !j.claimable() && !j.overtake() {
@@ -156,7 +157,8 @@ func (j *job) ill(h *hostState) int {
 	return 1
 }
 
-// farSlower says whether another host is so much faster that this one gets no more than a connection. Called with mu held.
+// farSlower says whether another host is so much faster that this one gets no more than a connection. Called with mu
+// held.
 func (j *job) farSlower(h *host) bool {
 	pace := j.shared.hosts.look(h.shared).pace
 	return pace > 0 && j.fastest() > farSlower*pace
@@ -173,7 +175,8 @@ func (j *job) fastest() float64 {
 	return best
 }
 
-// held says whether it is for other transfers that this one has to wait: then nobody is to blame for it. Called with mu held.
+// held says whether it is for other transfers that this one has to wait: then nobody is to blame for it. Called with mu
+// held.
 func (j *job) held(ask []*hostState) bool {
 	return slices.ContainsFunc(ask, func(h *hostState) bool {
 		v := j.shared.hosts.look(h)
@@ -244,7 +247,8 @@ type conn struct {
 	stood int64
 }
 
-// begin claims a chunk for a host that it may be asked of; nil if there is none any more or the host may not be asked now.
+// begin claims a chunk for a host that it may be asked of; nil if there is none any more or the host may not be asked
+// now.
 func (j *job) begin(at *hostState) *conn {
 	n := j.shared.hosts.share(at)
 	j.mu.Lock()

@@ -22,7 +22,8 @@ func paced(rate int64) func(context.Context, int, int64, int64) (fakeReply, erro
 	}
 }
 
-// TestRetryAfterHoldsForAll has one transfer told to come back later: no other one asks before, also of another manager.
+// TestRetryAfterHoldsForAll has one transfer told to come back later: no other one asks before, also of another
+// manager.
 func TestRetryAfterHoldsForAll(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
@@ -133,8 +134,8 @@ func TestTiers(t *testing.T) {
 	}
 }
 
-// TestCrawlingEnd has the last chunk come at a crawl while others were fast: its end is fetched by another connection and no
-// byte comes twice but for what the slow socket held.
+// TestCrawlingEnd has the last chunk come at a crawl while others were fast: its end is fetched by another connection
+// and no byte comes twice but for what the slow socket held.
 func TestCrawlingEnd(t *testing.T) {
 	t.Parallel()
 	for name, crawl := range map[string]fakeReply{
@@ -179,7 +180,8 @@ func TestCrawlingEnd(t *testing.T) {
 	}
 }
 
-// TestTrickle has a host send next to nothing: that counts as a stall where another try may be better, and not where all are slow.
+// TestTrickle has a host send next to nothing: that counts as a stall where another try may be better, and not where
+// all are slow.
 func TestTrickle(t *testing.T) {
 	t.Parallel()
 	for _, tc := range []struct {
@@ -308,7 +310,8 @@ func TestStuckSaysWhy(t *testing.T) {
 	})
 }
 
-// TestWaitersHearOfRetryAfter has a transfer wait for a host when another one is told to come back later, and then goes away.
+// TestWaitersHearOfRetryAfter has a transfer wait for a host when another one is told to come back later, and then goes
+// away.
 func TestWaitersHearOfRetryAfter(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
@@ -346,8 +349,8 @@ func TestSlowFirstAnswer(t *testing.T) {
 	})
 }
 
-// TestKillCostsLittle copies the root as a kill leaves it while every connection is in the middle of a block: what is fetched again is less than a
-// step of each.
+// TestKillCostsLittle copies the root as a kill leaves it while every connection is in the middle of a block: what is
+// fetched again is less than a step of each.
 func TestKillCostsLittle(t *testing.T) {
 	t.Parallel()
 	const conns, arrived = 4, 200_000

@@ -52,7 +52,8 @@ func (j *job) answered() bool {
 	return j.told
 }
 
-// stuck decides that the transfer ends for lack of progress, and says why. A host that is asked alone ends only its turn.
+// stuck decides that the transfer ends for lack of progress, and says why. A host that is asked alone ends only its
+// turn.
 func (j *job) stuck(limit time.Duration) error {
 	j.mu.Lock()
 	defer j.mu.Unlock()
@@ -95,8 +96,8 @@ const (
 	trickle = 8 << 10
 )
 
-// clock keeps the pace of a connection that brought n bytes. One that trickles while others were far faster has stalled:
-// another try has a chance to be better. A link that is slow for all is left alone. Called with mu held.
+// clock keeps the pace of a connection that brought n bytes. One that trickles while others were far faster has
+// stalled: another try has a chance to be better. A link that is slow for all is left alone. Called with mu held.
 func (j *job) clock(c *conn, n int64) {
 	now := time.Now()
 	if c.got == 0 {
@@ -134,9 +135,10 @@ func (c *conn) speed(now time.Time) (float64, bool) {
 	return c.pace, c.pace > 0
 }
 
-// overtake looks for a connection that holds everything up at a time when nothing else can be asked for. It ends one that brings
-// nothing, and makes a new gap of the end of what another one would need much longer for than its better; that one
-// then stops in time, and what its socket holds beyond is lost. True if there is a chunk to ask for now. Called with mu held.
+// overtake looks for a connection that holds everything up at a time when nothing else can be asked for. It ends one
+// that brings nothing, and makes a new gap of the end of what another one would need much longer for than its better;
+// that one then stops in time, and what its socket holds beyond is lost. True if there is a chunk to ask for now.
+// Called with mu held.
 func (j *job) overtake() bool {
 	now := time.Now()
 	best := j.fastest()
