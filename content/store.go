@@ -16,6 +16,8 @@ import (
 	ccontent "github.com/containerd/containerd/v2/core/content"
 	"github.com/containerd/errdefs"
 	"github.com/opencontainers/go-digest"
+
+	"github.com/gantryd/gantry/internal/durable"
 )
 
 const (
@@ -109,6 +111,9 @@ type Store struct {
 	// files serialises changes of blobs/. It comes before mu.
 	files sync.Mutex
 
+	making sync.Mutex
+	made   map[string]bool // the folders in blobs/ whose names are durable; guarded by making
+
 	mu      sync.Mutex
 	blobs   map[digest.Digest]*blob
 	ingests map[string]*ingest
@@ -127,6 +132,7 @@ func NewStore(root string, o Options) (*Store, error) {
 		giveUp:   cmp.Or(o.GiveUp, giveUp),
 		blobs:    map[digest.Digest]*blob{},
 		ingests:  map[string]*ingest{},
+		made:     map[string]bool{},
 		leads:    map[leadKey]*lead{},
 		wrote:    map[string]time.Time{},
 	}
@@ -135,7 +141,7 @@ func NewStore(root string, o Options) (*Store, error) {
 			return nil, fmt.Errorf("content store: %w", err)
 		}
 	}
-	if err := errors.Join(syncDir(filepath.Join(root, blobFolder)), syncDir(root)); err != nil {
+	if err := errors.Join(durable.Folder(filepath.Join(root, blobFolder)), durable.Folder(root), durable.Above(root)); err != nil {
 		return nil, fmt.Errorf("content store: %w", err)
 	}
 	if err := s.loadBlobs(); err != nil {
@@ -166,15 +172,7 @@ func (s *Store) syncFolder(path string) error {
 	if s.onSync != nil {
 		s.onSync(path)
 	}
-	return syncDir(path)
-}
-
-func syncDir(path string) error {
-	d, err := os.Open(path)
-	if err != nil {
-		return err
-	}
-	return errors.Join(d.Sync(), d.Close())
+	return durable.Folder(path)
 }
 
 // plain says a full disk in words for the person who reads the pod's events.

@@ -175,7 +175,28 @@ func FuzzParse(f *testing.F) {
 	f.Add([]byte("root = \"/a\"\n[log]\nlevel = \"info\"\n"))
 	f.Add([]byte("transfer = {chunk_size = \"8MiB\", give_up = 3}\n[[x.y]]\n"))
 	f.Add([]byte("a.\"b\\u0041\".c = [{x=1}]\n"))
-	f.Fuzz(func(_ *testing.T, data []byte) {
-		_, _ = parse("file", data)
+	f.Add([]byte("root = \"/a\\u0007\\u007f\\U0001F600\\u00e9\"\ncontent = {root = '/\\x'}\n"))
+	f.Add([]byte("state = \"/run/x\"\n[transfer]\ngive_up = \"1m0.5s\"\nchunk_size = \"1.5MiB\"\n"))
+	var defaults bytes.Buffer
+	if err := Default().Encode(&defaults); err != nil {
+		f.Fatal(err)
+	}
+	f.Add(defaults.Bytes())
+	f.Fuzz(func(t *testing.T, data []byte) {
+		c, err := parse("file", data)
+		if err != nil {
+			if !errdefs.IsInvalidArgument(err) && !errdefs.IsFailedPrecondition(err) {
+				t.Fatalf("an error that says nothing to its reader: %v", err)
+			}
+			return
+		}
+		var b bytes.Buffer
+		if err := c.Encode(&b); err != nil {
+			t.Fatal(err)
+		}
+		again, err := parse("again", b.Bytes())
+		if err != nil || !reflect.DeepEqual(c, again) {
+			t.Fatalf("written and read again: %+v, %v, was %+v\n%s", again, err, c, b.String())
+		}
 	})
 }

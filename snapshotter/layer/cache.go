@@ -34,6 +34,8 @@ import (
 	"github.com/containerd/errdefs"
 	"github.com/opencontainers/go-digest"
 	"golang.org/x/sys/unix"
+
+	"github.com/gantryd/gantry/internal/durable"
 )
 
 // Options of a Cache. Zero values are the defaults.
@@ -95,6 +97,9 @@ func Open(root string, o Options) (*Cache, error) {
 		if err := os.MkdirAll(dir, 0o700); err != nil {
 			return nil, fmt.Errorf("layer cache: %w", err)
 		}
+	}
+	if err := errors.Join(durable.Folder(filepath.Dir(c.blobDir(digest.SHA256))), durable.Folder(root), durable.Above(root)); err != nil {
+		return nil, fmt.Errorf("layer cache: %w", err)
 	}
 	return c, nil
 }
