@@ -21,7 +21,7 @@ import (
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
-	"github.com/gantryd/gantry/internal/crashfs"
+	"github.com/gantryd/gantry/integration/crashfs"
 )
 
 // plug is pulled at a cut of the log.

@@ -22,7 +22,7 @@ import (
 
 	"github.com/gantryd/gantry/content"
 	"github.com/gantryd/gantry/content/transfer"
-	"github.com/gantryd/gantry/internal/crashfs"
+	"github.com/gantryd/gantry/integration/crashfs"
 )
 
 // pulled is one blob of the work during which the power fails, and how a client asks for it.

@@ -16,8 +16,6 @@ import (
 	ccontent "github.com/containerd/containerd/v2/core/content"
 	"github.com/containerd/errdefs"
 	"github.com/opencontainers/go-digest"
-
-	"github.com/gantryd/gantry/internal/durable"
 )
 
 const (
@@ -123,6 +121,7 @@ type Store struct {
 
 // NewStore opens the store at root, and makes the folders that are missing. All
 // blobs it finds are visible; ingests are kept for their clients to resume.
+// The folder above root outlives a power loss if the caller has seen to it.
 func NewStore(root string, o Options) (*Store, error) {
 	s := &Store{
 		root:     root,
@@ -141,7 +140,7 @@ func NewStore(root string, o Options) (*Store, error) {
 			return nil, fmt.Errorf("content store: %w", err)
 		}
 	}
-	if err := errors.Join(durable.Folder(filepath.Join(root, blobFolder)), durable.Folder(root), durable.Above(root)); err != nil {
+	if err := errors.Join(s.syncFolder(filepath.Join(root, blobFolder)), s.syncFolder(root), s.syncFolder(filepath.Dir(root))); err != nil {
 		return nil, fmt.Errorf("content store: %w", err)
 	}
 	if err := s.loadBlobs(); err != nil {
@@ -172,7 +171,11 @@ func (s *Store) syncFolder(path string) error {
 	if s.onSync != nil {
 		s.onSync(path)
 	}
-	return durable.Folder(path)
+	d, err := os.Open(path)
+	if err != nil {
+		return err
+	}
+	return errors.Join(d.Sync(), d.Close())
 }
 
 // plain says a full disk in words for the person who reads the pod's events.

@@ -34,8 +34,6 @@ import (
 	"github.com/containerd/errdefs"
 	"github.com/opencontainers/go-digest"
 	"golang.org/x/sys/unix"
-
-	"github.com/gantryd/gantry/internal/durable"
 )
 
 // Options of a Cache. Zero values are the defaults.
@@ -76,7 +74,8 @@ type Cache struct {
 }
 
 // Open opens the cache in root, creating it if needed, and removes what an
-// earlier process left unfinished.
+// earlier process left unfinished. The folder above root outlives a power loss if
+// the caller has seen to it.
 func Open(root string, o Options) (*Cache, error) {
 	if o.TableEntries == 0 {
 		o.TableEntries = defaultTableEntries
@@ -98,7 +97,7 @@ func Open(root string, o Options) (*Cache, error) {
 			return nil, fmt.Errorf("layer cache: %w", err)
 		}
 	}
-	if err := errors.Join(durable.Folder(filepath.Dir(c.blobDir(digest.SHA256))), durable.Folder(root), durable.Above(root)); err != nil {
+	if err := errors.Join(syncDir(filepath.Dir(c.blobDir(digest.SHA256))), syncDir(root), syncDir(filepath.Dir(root))); err != nil {
 		return nil, fmt.Errorf("layer cache: %w", err)
 	}
 	return c, nil

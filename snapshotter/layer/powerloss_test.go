@@ -16,7 +16,7 @@ import (
 	"github.com/opencontainers/go-digest"
 	"golang.org/x/sync/errgroup"
 
-	"github.com/gantryd/gantry/internal/crashfs"
+	"github.com/gantryd/gantry/integration/crashfs"
 )
 
 // unpacked is a layer and the compressed blob that it comes from.

@@ -1,5 +1,4 @@
-// Package durable makes the names of folders survive a power loss.
-package durable
+package plugin
 
 import (
 	"errors"
@@ -8,18 +7,9 @@ import (
 	"syscall"
 )
 
-// Folder makes the names in a folder durable.
-func Folder(path string) error {
-	d, err := os.Open(path)
-	if err != nil {
-		return err
-	}
-	return errors.Join(d.Sync(), d.Close())
-}
-
-// Above makes the name of a folder durable, and those of the folders above it: somebody may have made them just now.
+// durablyNamed makes the name of a folder durable, and those of the folders above it: somebody may have made them just now.
 // It ends where another file system begins, or at a folder that this process may not open.
-func Above(path string) error {
+func durablyNamed(path string) error {
 	path, err := filepath.Abs(path)
 	if err != nil {
 		return err
@@ -35,10 +25,14 @@ func Above(path string) error {
 		if above.Dev != here.Dev {
 			return nil
 		}
-		if err := Folder(dir); err != nil {
-			if errors.Is(err, os.ErrPermission) {
-				return nil
-			}
+		d, err := os.Open(dir)
+		if errors.Is(err, os.ErrPermission) {
+			return nil
+		}
+		if err != nil {
+			return err
+		}
+		if err := errors.Join(d.Sync(), d.Close()); err != nil {
 			return err
 		}
 	}
