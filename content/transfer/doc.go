@@ -17,11 +17,21 @@
 // io.EOF of Handle.ReadAt and a nil from Handle.Wait come only after the digest was right. If it is wrong the blob is
 // fetched again into a new file and readers get ErrRestarted.
 //
+// # Hosts
+//
+// Hosts belongs to the process: all transfers share what is known of a host, and the connections to it. How many a host
+// gets is found out by what they bring (hosts.go); a free one goes to the image, then to the transfer, that has the
+// fewest. A host that asks for rest gets it from all transfers, and one that is not there is not tried by each anew.
+// The hosts of one tier share the chunks, in the order given, as far as they have room; the next tier waits until none
+// of them is any good. A connection that crawls at the end, when nothing else is left to ask for, loses its tail to a
+// better one.
+//
 // # Crashes
 //
-// Blocks are recorded without fsync. After a crash, of the process or of the machine, a block counts only if the data
-// on disk has the CRC of its record; so neither the order of write-back nor a torn record matters. A finished data file
-// is fsynced before it is called complete, and is never written again: it may have hard links elsewhere.
+// Blocks are recorded without fsync, and what is there of a block at every 64 KiB. After a crash, of the process or of
+// the machine, a block counts only if the data on disk has the CRC of its record; so neither the order of write-back
+// nor a torn record matters. A finished data file is fsynced before it is called complete, and is never written again:
+// it may have hard links elsewhere.
 //
 // # Between processes
 //

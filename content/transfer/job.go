@@ -29,6 +29,7 @@ var (
 // job is one transfer while it runs and for as long as anybody holds a handle of it.
 type job struct {
 	blob    Blob
+	image   string // what connections are shared out by
 	opts    Options
 	root    string
 	shared  *shared
@@ -65,8 +66,11 @@ type job struct {
 	sources    []*source
 	hosts      map[string]*host
 	only       string // the single host that is asked after a mismatch; "" = all
-	queued     int    // workers waiting for a connection
+	queued     bool   // waits for a connection that other transfers have
 	open       int    // connections under way
+	conns      map[*conn]struct{}
+	told       bool // a host said when to come back: it is there
+	overtaken  int  // connections that were ended because they brought nothing
 	lastErr    error
 	rate       meter
 	firstByte  time.Time
@@ -76,12 +80,13 @@ type job struct {
 
 func newJob(root string, b Blob, o Options, sh *shared) *job {
 	j := &job{
-		blob: b, opts: o, root: root, shared: sh,
+		blob: b, image: b.Digest.String(), opts: o, root: root, shared: sh,
 		started: time.Now(),
 		done:    make(chan struct{}),
 		changed: make(chan struct{}),
 		phase:   PhaseWaiting,
 		hosts:   map[string]*host{},
+		conns:   map[*conn]struct{}{},
 		ledger:  newLedger(b.Size),
 		places:  newPlaces(root, b),
 	}
@@ -122,8 +127,8 @@ func (j *job) addSource(s Source) {
 	name := s.Host()
 	h := j.hosts[name]
 	if h == nil {
-		h = &host{name: name}
-		if j.shared.honoursRanges(name) {
+		h = &host{name: name, shared: j.shared.hosts.host(name)}
+		if j.shared.hosts.honoursRanges(h.shared) {
 			h.ranges = rangesYes
 		}
 		j.hosts[name] = h

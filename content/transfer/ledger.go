@@ -132,6 +132,23 @@ func (l *ledger) there() int64 {
 	return n
 }
 
+// unclaimed counts the missing bytes that nobody works on.
+func (l *ledger) unclaimed() int64 {
+	n := int64(0)
+	for _, g := range l.gaps {
+		n += g.end - g.off
+	}
+	return n
+}
+
+// split makes a gap of the end of a live span; at is a block border within it.
+func (l *ledger) split(s *span, at int64) {
+	rest := &span{off: at, end: s.end}
+	s.end = at
+	l.live[rest] = struct{}{}
+	l.release(rest)
+}
+
 func (l *ledger) done() bool { return len(l.gaps) == 0 && len(l.live) == 0 }
 
 // blockEnd is the end of the block that holds off.

@@ -43,9 +43,12 @@ type Transfer struct {
 	Rate     float64       `json:"rate"`     // bytes a second
 	Phase    string        `json:"phase"`    // waiting, lock, fetching, verifying, complete, failed or kept
 	Hosts    []string      `json:"hosts,omitempty"`
-	Waiters  int           `json:"waiters"`
-	Started  time.Time     `json:"started"`
-	Error    string        `json:"error,omitempty"`
+	// Connections are the requests under way.
+	Connections int `json:"connections"`
+
+	Waiters int       `json:"waiters"`
+	Started time.Time `json:"started"`
+	Error   string    `json:"error,omitempty"`
 }
 
 // Unpack is a layer on its way from a blob to a layer file.
