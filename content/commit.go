@@ -183,7 +183,7 @@ func (s *Session) matching(ctx context.Context, expected digest.Digest) (digest.
 		return d, nil
 	}
 	err := fmt.Errorf("the %d bytes of ref %q are %s, not %s: %w", s.ing.offset, s.ing.ref, d, expected, errdefs.ErrFailedPrecondition)
-	if expected == s.named && s.ing.offset == s.ing.total {
+	if s.ing.found || expected == s.named && s.ing.offset == s.ing.total {
 		// They never can become what the ref names: let the next try begin anew.
 		return "", errors.Join(err, s.spoiled())
 	}

@@ -57,6 +57,7 @@ type ingest struct {
 	lead     *lead         // the turn its session has at fetching for all
 	salvaged bool          // bytes of a failed transfer or of another ingest are in it
 	alone    bool          // they were not the blob's: no more of them
+	found    bool          // it has bytes of an earlier process, which a power loss may have spoiled
 	cancel   context.CancelCauseFunc
 
 	// Owned by the session. The digester has seen the first hashed bytes; it is
@@ -138,7 +139,7 @@ func (ing *ingest) readData() error {
 	if !fi.Mode().IsRegular() {
 		return fmt.Errorf("the data of an ingest is not a regular file: %w", errdefs.ErrDataLoss)
 	}
-	ing.offset = fi.Size()
+	ing.offset, ing.found = fi.Size(), fi.Size() > 0
 	if fi.ModTime().After(ing.updated) {
 		ing.updated = fi.ModTime()
 	}

@@ -380,7 +380,7 @@ func (s *Session) startOver() error {
 	if err := s.dropStaged(); err != nil {
 		return err
 	}
-	s.ing.digester, s.ing.salvaged = nil, false
+	s.ing.digester, s.ing.salvaged, s.ing.found = nil, false, false
 	s.ing.rehash(s.algorithm())
 	s.shift, s.unsynced = 0, 0
 	s.store.advance(s.ing, 0)

@@ -109,6 +109,9 @@ type Store struct {
 	// files serialises changes of blobs/. It comes before mu.
 	files sync.Mutex
 
+	making sync.Mutex
+	made   map[string]bool // the folders in blobs/ whose names are durable; guarded by making
+
 	mu      sync.Mutex
 	blobs   map[digest.Digest]*blob
 	ingests map[string]*ingest
@@ -118,6 +121,7 @@ type Store struct {
 
 // NewStore opens the store at root, and makes the folders that are missing. All
 // blobs it finds are visible; ingests are kept for their clients to resume.
+// The folder above root outlives a power loss if the caller has seen to it.
 func NewStore(root string, o Options) (*Store, error) {
 	s := &Store{
 		root:     root,
@@ -127,6 +131,7 @@ func NewStore(root string, o Options) (*Store, error) {
 		giveUp:   cmp.Or(o.GiveUp, giveUp),
 		blobs:    map[digest.Digest]*blob{},
 		ingests:  map[string]*ingest{},
+		made:     map[string]bool{},
 		leads:    map[leadKey]*lead{},
 		wrote:    map[string]time.Time{},
 	}
@@ -135,7 +140,7 @@ func NewStore(root string, o Options) (*Store, error) {
 			return nil, fmt.Errorf("content store: %w", err)
 		}
 	}
-	if err := errors.Join(syncDir(filepath.Join(root, blobFolder)), syncDir(root)); err != nil {
+	if err := errors.Join(s.syncFolder(filepath.Join(root, blobFolder)), s.syncFolder(root), s.syncFolder(filepath.Dir(root))); err != nil {
 		return nil, fmt.Errorf("content store: %w", err)
 	}
 	if err := s.loadBlobs(); err != nil {
@@ -166,10 +171,6 @@ func (s *Store) syncFolder(path string) error {
 	if s.onSync != nil {
 		s.onSync(path)
 	}
-	return syncDir(path)
-}
-
-func syncDir(path string) error {
 	d, err := os.Open(path)
 	if err != nil {
 		return err

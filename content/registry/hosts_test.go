@@ -375,6 +375,9 @@ func TestMirrorAndOverride(t *testing.T) {
 	if len(s) != 2 || s[0].Host() != mirror.addr()+"/own/api" || s[1].Host() != origin.addr() {
 		t.Fatalf("sources %v", hostsOf(s))
 	}
+	if s[0].Tier() != 0 || s[1].Tier() != 1 {
+		t.Errorf("tiers %d and %d, want the mirror before the server", s[0].Tier(), s[1].Tier())
+	}
 	for _, x := range s {
 		mustFetch(t, x, 50, 100)
 	}

@@ -54,9 +54,13 @@ func folderDigest(name string) string {
 	return encoded
 }
 
-// openFolder opens what an earlier transfer left, or makes an empty folder.
-func openFolder(path string, b Blob) (*folder, error) {
+// openFolder opens what an earlier transfer left, or makes an empty folder. finished: only a finished one will do, and
+// the error is errNeedsLock if it is none.
+func openFolder(path string, b Blob, finished bool) (*folder, error) {
 	f := &folder{path: path, blob: b}
+	if finished {
+		return f, f.reopenFinished()
+	}
 	if err := os.MkdirAll(path, 0o700); err != nil {
 		return nil, err
 	}
@@ -71,6 +75,17 @@ func openFolder(path string, b Blob) (*folder, error) {
 	return f, nil
 }
 
+func (f *folder) reopenFinished() error {
+	err := f.reopen()
+	switch {
+	case errors.Is(err, fs.ErrNotExist), errors.Is(err, errStateHeader):
+		return errNeedsLock
+	case err == nil && !f.sealed:
+		return errors.Join(errNeedsLock, f.closeState(), f.data.Close())
+	}
+	return err
+}
+
 func (f *folder) reopen() (err error) {
 	state, log, err := openState(filepath.Join(f.path, stateName))
 	if err != nil {
@@ -81,7 +96,7 @@ func (f *folder) reopen() (err error) {
 			err = errors.Join(err, state.Close())
 		}
 	}()
-	if log.size != f.blob.Size || hex.EncodeToString(log.sum[:]) != f.blob.Digest.Encoded() {
+	if log.blob() != f.blob {
 		return errStateHeader
 	}
 	path := filepath.Join(f.path, dataName)
@@ -134,7 +149,10 @@ func (f *folder) reset() error {
 		return errors.Join(err, data.Close())
 	}
 	f.data, f.state, f.sealed = data, state, false
-	f.log = &stateLog{}
+	f.log = &stateLog{
+		stateHeader: stateHeader{size: f.blob.Size, sum: [32]byte(sum), generation: state.generation},
+		blocks:      map[uint32]record{},
+	}
 	return nil
 }
 
@@ -160,7 +178,7 @@ func (f *folder) openLog() (*os.File, error) { return os.Open(filepath.Join(f.pa
 // the new one, and with the new one a resume trusts nothing that was forgotten.
 func (f *folder) unrecord(gone []bool) (err error) {
 	path := filepath.Join(f.path, stateName)
-	log, err := readLog(path)
+	log, err := peekState(path)
 	if err != nil {
 		return err
 	}
@@ -185,15 +203,6 @@ func (f *folder) unrecord(gone []bool) (err error) {
 	old := f.state
 	f.state = state
 	return old.Close()
-}
-
-func readLog(path string) (*stateLog, error) {
-	f, err := os.Open(path)
-	if err != nil {
-		return nil, err
-	}
-	defer func() { _ = f.Close() }()
-	return readState(f)
 }
 
 // record notes that the first n bytes of the block that holds last are there.

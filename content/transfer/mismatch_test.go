@@ -79,13 +79,13 @@ func (b *flipBody) Read(p []byte) (int, error) {
 	return n, err
 }
 
-// logged collects warnings.
+// logged collects what is said at info and above.
 type logged struct {
 	mu      sync.Mutex
 	entries []*log.Entry
 }
 
-func (l *logged) Levels() []logrus.Level { return []logrus.Level{logrus.WarnLevel} }
+func (l *logged) Levels() []logrus.Level { return []logrus.Level{logrus.InfoLevel, logrus.WarnLevel} }
 
 func (l *logged) Fire(e *log.Entry) error {
 	l.mu.Lock()
@@ -111,6 +111,17 @@ func (l *logged) says(text string) bool {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	return slices.ContainsFunc(l.entries, func(e *log.Entry) bool { return strings.Contains(e.Message, text) })
+}
+
+// messages lists what was said, in order.
+func (l *logged) messages() []string {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	var all []string
+	for _, e := range l.entries {
+		all = append(all, e.Message)
+	}
+	return all
 }
 
 // joinLogged joins with a log that is captured.
@@ -289,7 +300,7 @@ func TestLyingMirror(t *testing.T) {
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			t.Parallel()
-			good := &fakeSource{host: "origin", data: data}
+			good := &fakeSource{host: "origin", tier: 1, data: data}
 			good.reply = func(ctx context.Context, call int, off, _ int64) (fakeReply, error) {
 				// Not before the mirror has had its chance.
 				for call <= 32 && ctx.Err() == nil {
@@ -327,6 +338,7 @@ func TestBothLie(t *testing.T) {
 	data, b := randomBlob(14, 32*blockSize)
 	liar := halfLiar(data, map[int64]func(int) byte{5 * blockSize: always})
 	flaky := newFlipper("origin", data, map[int64]func(int) byte{20 * blockSize: times(2)})
+	flaky.tier = 1
 	h, l := joinLogged(t, newManager(t, t.TempDir(), Options{ChunkSize: 1 << 20, ConnectionsPerHost: 1}), b, liar, flaky)
 	got, _, err := rereads(t, h)
 	if err != nil || !bytes.Equal(got, data) {
@@ -349,6 +361,7 @@ func TestThirdHostIsRight(t *testing.T) {
 	data, b := randomBlob(25, 32*blockSize)
 	one := halfLiar(data, map[int64]func(int) byte{5 * blockSize: always})
 	two := newFlipper("b", data, map[int64]func(int) byte{20 * blockSize: always, 24 * blockSize: times(2)})
+	two.tier = 1
 	joined := make(chan struct{})
 	ends := 0
 	two.reply = func(ctx context.Context, _ int, off, _ int64) (fakeReply, error) {
@@ -557,7 +570,7 @@ func TestDataChangedHere(t *testing.T) {
 		return fakeReply{}, nil
 	}
 	m := newManager(t, t.TempDir(), Options{ChunkSize: 1 << 20, ConnectionsPerHost: 4})
-	m.shared.learnRanges("a", true)
+	m.shared.hosts.learnRanges(m.shared.hosts.host("a"), true)
 	h, l := joinLogged(t, m, b, src)
 	eventually(t, "all but the first chunk", func() bool { return m.List()[0].Received == 3<<20 })
 	f, err := os.OpenFile(dataPath(m, b), os.O_RDWR, 0)

@@ -11,6 +11,8 @@ import (
 	"math/rand/v2"
 	"os"
 	"path/filepath"
+
+	"github.com/opencontainers/go-digest"
 )
 
 // The state file, little endian. A header of 64 bytes:
@@ -57,6 +59,11 @@ type record struct {
 	block  uint32
 	length uint32
 	crc    uint32
+}
+
+// blob is what the data is to become.
+func (h stateHeader) blob() Blob {
+	return Blob{Digest: digest.NewDigestFromBytes(digest.SHA256, h.sum[:]), Size: h.size}
 }
 
 func (h stateHeader) encode() []byte {
@@ -229,28 +236,54 @@ func (s *stateFile) append(kind byte, r record) error {
 func (s *stateFile) Close() error { return s.f.Close() }
 
 // peekComplete looks, without a lock, whether a folder claims to hold a finished blob: then that is its last record.
-func peekComplete(root, name string) bool {
+func peekComplete(root, name string, b Blob) bool {
 	f, err := os.Open(filepath.Join(root, name, stateName))
 	if err != nil {
 		return false
 	}
 	defer func() { _ = f.Close() }()
 	h, err := peekHeader(f)
-	if err != nil {
+	if err != nil || h.blob() != b {
 		return false
 	}
 	st, err := f.Stat()
 	if err != nil {
 		return false
 	}
-	log := stateLog{stateHeader: h, blocks: map[uint32]record{}}
-	var b [recordSize]byte
+	var rec [recordSize]byte
 	last := (st.Size()-headerSize)/recordSize - 1
-	if _, err := f.ReadAt(b[:], headerSize+last*recordSize); last < 0 || err != nil {
+	if _, err := f.ReadAt(rec[:], headerSize+last*recordSize); last < 0 || err != nil {
 		return false
 	}
-	log.add(b[:])
-	return log.complete
+	kind, _ := h.decode(rec[:])
+	return kind == kindComplete
+}
+
+// progress counts the bytes that are said to be there, and those of them without a gap from the start.
+func (s *stateLog) progress() (received, frontier int64) {
+	if s.complete {
+		return s.size, s.size
+	}
+	for _, r := range s.blocks {
+		received += int64(r.length)
+	}
+	for n := uint32(0); frontier == int64(n)*blockSize; n++ {
+		frontier += int64(s.blocks[n].length)
+		if s.blocks[n].length == 0 {
+			break
+		}
+	}
+	return received, frontier
+}
+
+// peekState reads a state file that somebody else may be writing.
+func peekState(path string) (*stateLog, error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return nil, err
+	}
+	log, err := readState(f)
+	return log, errors.Join(err, f.Close())
 }
 
 // peekSize reads only the size in a state file's header.

@@ -22,11 +22,7 @@ const tellEvery = 200 * time.Millisecond
 // withoutContainerd fetches config and layers in this process and leaves them as finished transfers: in the store of
 // blobs containerd's garbage collection would remove them, as it does not know them yet.
 func (p *Pull) withoutContainerd(ctx context.Context) (_ *Summary, err error) {
-	options, err := setup.TransferOptions(p.config)
-	if err != nil {
-		return nil, err
-	}
-	m, err := transfer.New(p.Folder(), options)
+	m, err := transfer.New(p.Folder(), setup.TransferOptions(p.config))
 	if err != nil {
 		return nil, fmt.Errorf("open the transfers in %s: %w", p.Folder(), asRoot(err))
 	}

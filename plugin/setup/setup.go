@@ -45,12 +45,13 @@ func TransferFolder(c *config.Config, namespace string) string {
 // NamespaceFolders is where the folders of namespaces are.
 func NamespaceFolders(c *config.Config) string { return filepath.Join(c.Transfer.Root, "namespaces") }
 
-// TransferOptions are those of each transfer manager of a process.
-func TransferOptions(c *config.Config) (transfer.Options, error) {
+// TransferOptions are those of all transfer managers of a process, made once: what is known of hosts and the limits of
+// connections are shared by those who share them, also where namespaces share no content.
+func TransferOptions(c *config.Config) transfer.Options {
 	return transfer.Options{
-		ChunkSize:          c.Transfer.ChunkSize,
-		ConnectionsPerHost: c.Transfer.ConnectionsPerHost,
-		GiveUp:             c.Transfer.GiveUp,
-		KeepPartial:        c.Transfer.KeepPartial,
-	}, nil
+		ChunkSize:   c.Transfer.ChunkSize,
+		Hosts:       transfer.NewHosts(transfer.HostLimits{PerHost: c.Transfer.ConnectionsPerHost, Total: c.Transfer.Connections}),
+		GiveUp:      c.Transfer.GiveUp,
+		KeepPartial: c.Transfer.KeepPartial,
+	}
 }
