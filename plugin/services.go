@@ -7,7 +7,6 @@ package plugin
 import (
 	"fmt"
 	"path/filepath"
-	"runtime"
 
 	contentapi "github.com/containerd/containerd/api/services/content/v1"
 	diffapi "github.com/containerd/containerd/api/services/diff/v1"
@@ -130,13 +129,9 @@ func newPull(
 	c *config.Config, transfers func(string) (*transfer.Manager, error),
 	sources *registry.Registry, layers *layer.Cache, client pull.Containerd,
 ) (*pull.Puller, error) {
-	workers := c.Unpack.Workers
-	if workers == 0 {
-		workers = runtime.NumCPU()
-	}
 	return pull.New(pull.Options{
 		Transfers: transfers, Registry: sources, Layers: layers, Containerd: client,
-		Isolated: c.Containerd.ContentSharingPolicy == config.PolicyIsolated, Workers: workers,
+		Isolated: c.Containerd.ContentSharingPolicy == config.PolicyIsolated, Workers: c.UnpackWorkers(),
 	})
 }
 
