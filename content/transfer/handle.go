@@ -179,7 +179,7 @@ func (h *Handle) Close() error {
 		h.closed = true
 		h.job.mu.Unlock()
 		if h.m.leave(h.job) {
-			retire(context.Background(), h.job)
+			h.m.retire(context.Background(), h.job)
 		}
 	})
 	return nil

@@ -44,10 +44,11 @@ type job struct {
 	digest digester
 
 	// Guarded by Manager.mu.
-	waiters int
-	grace   *time.Timer
-	ended   bool
-	cancel  context.CancelCauseFunc
+	waiters  int
+	unwanted bool // its blob was deleted: nothing is kept once nobody has a handle
+	grace    *time.Timer
+	ended    bool
+	cancel   context.CancelCauseFunc
 
 	mu         sync.Mutex
 	changed    chan struct{} // closed and replaced when anything below changes

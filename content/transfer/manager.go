@@ -198,7 +198,7 @@ func (m *Manager) run(ctx context.Context, j *job) {
 		l.Debug("transfer complete")
 	}
 	if m.settle(j, err) {
-		retire(ctx, j)
+		m.retire(ctx, j)
 	}
 }
 
@@ -229,8 +229,12 @@ func (m *Manager) drop(j *job) {
 
 // retire closes the files of an ended job that nobody has a handle of and nobody can join. Not under Manager.mu:
 // closing the last descriptor of a large file that was removed takes its time.
-func retire(ctx context.Context, j *job) {
-	if err := j.retire(); err != nil {
+func (m *Manager) retire(ctx context.Context, j *job) {
+	err := j.retire()
+	if j.unwanted {
+		err = errors.Join(err, m.Forget(j.blob.Digest))
+	}
+	if err != nil {
 		log.G(ctx).WithField("digest", j.blob.Digest).WithError(err).Warn("closing a transfer")
 	}
 }
@@ -238,6 +242,7 @@ func retire(ctx context.Context, j *job) {
 // handle adds a waiter. Called with mu held.
 func (m *Manager) handle(j *job) *Handle {
 	j.waiters++
+	j.unwanted = false
 	if j.grace != nil {
 		j.grace.Stop()
 		j.grace = nil

@@ -80,8 +80,8 @@ func (m *Manager) ForgetServed(d digest.Digest) error {
 	})
 }
 
-// Forget removes what is left of a blob's transfers after the blob was deleted, unless they are in use, here or by another
-// process, or the data has a link elsewhere.
+// Forget removes what is left of a blob's transfers after the blob was deleted: at once, or when the last handle here is
+// closed; unless another process uses them, they are not complete and somebody waits, or the data has a link elsewhere.
 func (m *Manager) Forget(d digest.Digest) error {
 	return m.forget(d, func(string) bool { return true })
 }
@@ -101,6 +101,17 @@ func (m *Manager) folders(d digest.Digest) ([]string, error) {
 	return names, err
 }
 
+// unwanted has those who still hold the blob remove it when they are done.
+func (m *Manager) unwanted(d digest.Digest) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	for _, j := range m.jobs {
+		if j.blob.Digest == d && j.ended {
+			j.unwanted = true
+		}
+	}
+}
+
 func (m *Manager) forget(d digest.Digest, which func(name string) bool) error {
 	names, err := m.folders(d)
 	if err != nil {
@@ -111,6 +122,7 @@ func (m *Manager) forget(d digest.Digest, which func(name string) bool) error {
 		if !which(n) {
 			continue
 		}
+		m.unwanted(d)
 		if _, err := m.remove(n, 0); err != nil {
 			errs = append(errs, fmt.Errorf("forget %s: %w", d, err))
 		}

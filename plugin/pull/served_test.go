@@ -1,0 +1,85 @@
+package pull
+
+import (
+	"context"
+	"maps"
+	"slices"
+	"testing"
+
+	digest "github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+)
+
+// TestFailedPullKeepsTransfers deletes, as containerd's garbage collection does, a layer whose image never became complete:
+// a retry finds it. Once the image is complete, a deletion frees the layer for good.
+func TestFailedPullKeepsTransfers(t *testing.T) {
+	t.Parallel()
+	f := newFixture(t, false)
+	first, firstID := f.addLayer(t, 1, 1<<16)
+	second, secondID := f.addLayer(t, 2, 1<<16)
+	f.addImage(t, "default", []ocispec.Descriptor{first, second}, []digest.Digest{firstID, secondID})
+	f.Start(t.Context(), f.images)
+	shown := func(l ocispec.Descriptor) {
+		t.Helper()
+		if err := f.take(t, "default", l); err != nil {
+			t.Fatal(err)
+		}
+		f.commit(l.Digest)
+		if err := f.served(t.Context(), "default", l.Digest, l.Size); err != nil { // as Committed does, but here and now
+			t.Fatal(err)
+		}
+	}
+	deleted := func(l ocispec.Descriptor) {
+		f.images.mu.Lock()
+		delete(f.images.blobs, l.Digest)
+		f.images.mu.Unlock()
+		f.Deleted(l.Digest)
+	}
+	kept := func() (n int) {
+		m, err := f.transfers("")
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, s := range m.List() {
+			if s.Digest == first.Digest {
+				n++
+			}
+		}
+		return n
+	}
+	shown(first)
+	endImages(f)
+	deleted(first)
+	tidied(f)
+	if kept() == 0 {
+		t.Fatal("the transfer of a layer was removed although its image is not complete")
+	}
+	asked := f.asked(first.Digest)
+	shown(first)
+	if got := f.asked(first.Digest); got != asked {
+		t.Errorf("the retry asked the registry %d times for the layer, want 0", got-asked)
+	}
+	shown(second)
+	tidied(f)
+	endImages(f)
+	deleted(first)
+
+	eventually(t, "the transfer of a deleted layer of a complete image to be removed", func() bool { return kept() == 0 })
+}
+
+// endImages ends all images, as after the grace period.
+func endImages(f *fixture) {
+	f.Puller.mu.Lock()
+	images := slices.Collect(maps.Values(f.Puller.images))
+	f.Puller.mu.Unlock()
+	for _, img := range images {
+		f.end(img)
+	}
+}
+
+// tidied waits until all is done that was begun in the background. The catalog goes on by itself, so it is not waited for.
+func tidied(f *fixture) {
+	done := make(chan struct{})
+	f.background(func(context.Context) error { close(done); return nil }, "")
+	<-done
+}
