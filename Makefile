@@ -34,7 +34,7 @@ demo: build peers ## pull and run an image through gantry in a private folder (r
 test: test-unit test-integration ## run all tests (root)
 
 .PHONY: test-unit
-test-unit: ## run the tests beside the code (RACE=1: with the race detector)
+test-unit: prerequisites ## run the tests beside the code (RACE=1: with the race detector)
 	go test $(if $(RACE),-race) -timeout 10m $$(go list ./... | grep -v /integration)
 
 .PHONY: test-integration
@@ -76,10 +76,12 @@ $(LINTER): integration/lint/go.mod
 	@cd integration/lint && CGO_ENABLED=0 go build -trimpath -ldflags '-s -w' -o $@ github.com/golangci/golangci-lint/v2/cmd/golangci-lint
 	@touch $@
 
-# debootstrap makes the Debian test image. Installed when missing and we may; the test itself fails without it.
+# debootstrap makes the Debian test image, mkfs.xfs a file system that shares blocks. Installed when missing and we may;
+# the tests themselves fail without them.
 .PHONY: prerequisites
-prerequisites: ## install what the tests need from Debian (debootstrap)
-	@if ! command -v debootstrap >/dev/null && [ "$$(id -u)" = 0 ]; then \
-		apt-get update -q && apt-get install -qy --no-install-recommends debootstrap; \
+prerequisites: ## install what the tests need from Debian (debootstrap, xfsprogs)
+	@if ! { command -v debootstrap && command -v mkfs.xfs; } >/dev/null && [ "$$(id -u)" = 0 ]; then \
+		apt-get update -q && apt-get install -qy --no-install-recommends debootstrap xfsprogs; \
 	fi
-	@command -v debootstrap >/dev/null || { echo "debootstrap is missing: apt-get install debootstrap" >&2; exit 1; }
+	@for p in debootstrap mkfs.xfs; do command -v $$p >/dev/null || \
+		{ echo "$$p is missing: apt-get install debootstrap xfsprogs" >&2; exit 1; }; done

@@ -14,6 +14,8 @@ require (
 	github.com/containerd/typeurl/v2 v2.3.0
 	github.com/coreos/go-systemd/v22 v22.7.0
 	github.com/distribution/reference v0.6.0
+	github.com/docker/cli v29.9.3+incompatible
+	github.com/docker/docker-credential-helpers v0.9.12
 	github.com/erofs/go-erofs v0.3.1
 	github.com/gofrs/flock v0.13.1
 	github.com/klauspost/compress v1.20.0

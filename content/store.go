@@ -6,7 +6,6 @@ import (
 	_ "crypto/sha512" // makes digest.SHA384 and digest.SHA512 available
 	"errors"
 	"fmt"
-	"io"
 	"os"
 	"path/filepath"
 	"sync"
@@ -59,8 +58,10 @@ type Transfer interface {
 	Frontier() int64
 	// LinkTo makes path a hard link to the finished file.
 	LinkTo(path string) error
-	// CopyTo writes the bytes below the frontier to w.
-	CopyTo(ctx context.Context, w io.Writer) (int64, error)
+	// CloneTo gives f the bytes from off to the frontier, at the same offsets, and
+	// returns how many of them are there, also with an error. The error wraps
+	// errdefs.ErrAborted, and none are there, if they turned out wrong meanwhile.
+	CloneTo(ctx context.Context, f *os.File, off int64) (int64, error)
 	// Close drops the waiter; whether the transfer goes on is not its business.
 	Close() error
 }
@@ -163,12 +164,15 @@ func syncDir(path string) error {
 
 // plain says a full disk in words for the person who reads the pod's events.
 func (s *Store) plain(err error) error {
-	if errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EDQUOT) {
+	if full(err) {
 		return fmt.Errorf("the disk of %s is full, free some space and pull again: %w: %w",
 			s.root, errdefs.ErrResourceExhausted, err)
 	}
 	return err
 }
+
+// full says whether it is the disk that has no room.
+func full(err error) bool { return errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EDQUOT) }
 
 // removeFile treats a file that is not there as removed.
 func removeFile(path string) error {

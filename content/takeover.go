@@ -145,48 +145,34 @@ func (s *Session) claim(t Transfer) error {
 	return s.store.settleFolder(s.named)
 }
 
-// salvage copies what a failed transfer has and the ingest has not, so that the
+// salvage takes what a failed transfer has and the ingest has not, so that the
 // client asks the registry for the rest only.
 func (s *Session) salvage(ctx context.Context, t Transfer) error {
 	if s.ing.staged != "" || s.ing.alone || t.Frontier() <= s.ing.offset {
 		return nil
 	}
-	if err := s.catchUp(ctx); err != nil {
+	f, err := s.data()
+	if err != nil {
 		return err
 	}
-	s.ing.salvaged = true
-	w := &salvager{session: s, ctx: ctx, skip: s.ing.offset}
-	_, err := t.CopyTo(ctx, w)
-	if w.err != nil {
-		return w.err
+	off := s.ing.offset
+	n, err := t.CloneTo(ctx, f, off)
+	if err == nil && off+n > s.ing.total {
+		n, err = 0, fmt.Errorf("the transfer of %s has more than %d bytes: %w", s.named, s.ing.total, errdefs.ErrDataLoss)
 	}
-	if err != nil {
-		return s.alone(ctx, "the transfer failed again, the client goes on", err)
+	if n > 0 {
+		s.ing.salvaged = true
 	}
-	return nil
-}
-
-// salvager appends to a session what comes after the bytes it has. It lives for
-// the length of one CopyTo, whose ctx it carries.
-type salvager struct {
-	session *Session
-	ctx     context.Context //nolint:containedctx // io.Writer has no place for it
-	skip    int64
-	err     error // of the own disk
-}
-
-func (w *salvager) Write(p []byte) (int, error) {
-	skipped := int(min(w.skip, int64(len(p))))
-	w.skip -= int64(skipped)
-	rest := p[skipped:]
-	if room := w.session.ing.total - w.session.ing.offset; int64(len(rest)) > room {
-		return skipped, fmt.Errorf("the transfer of %s has more than %d bytes: %w",
-			w.session.named, w.session.ing.total, errdefs.ErrDataLoss)
+	if err == nil {
+		s.store.advance(s.ing, off+n)
+		return nil
 	}
-	if len(rest) == 0 {
-		return skipped, nil
+	if terr := f.Truncate(off + n); terr != nil {
+		return errors.Join(err, terr)
 	}
-	n, err := w.session.append(w.ctx, rest)
-	w.err = err
-	return skipped + n, err
+	s.store.advance(s.ing, off+n)
+	if full(err) {
+		return err
+	}
+	return s.alone(ctx, "the transfer failed again, the client goes on", err)
 }

@@ -6,6 +6,7 @@ import (
 	"os"
 	"slices"
 	"sync"
+	"syscall"
 	"testing"
 	"testing/synctest"
 
@@ -338,6 +339,61 @@ func TestWrongBytesOfAFailedTransferAreNotTakenTwice(t *testing.T) {
 	mustWrite(t, w, 0, data, 5000)
 	mustCommit(t, w, 5000, 5000, d)
 	wantBlob(t, s, data, true)
+}
+
+// A transfer that begins anew or ends while its bytes are taken over: what counts
+// is what it says is there.
+func TestTakeoverOfWhatChanged(t *testing.T) {
+	t.Parallel()
+	data, d := randomBytes(t, 5000)
+	for name, tt := range map[string]struct {
+		err     error
+		m, lost int64
+		want    int64
+	}{
+		"began anew":            {errdefs.ErrAborted, 0, 3000, 0},
+		"began anew, resumed":   {errdefs.ErrAborted, 1000, 2000, 1000},
+		"unreadable in the end": {os.ErrInvalid, 1000, 500, 2500},
+		"unreadable at once":    {os.ErrInvalid, 0, 3000, 0},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			tr := newTransfer(t, data).fail(3000)
+			tr.cloneErr, tr.lost = tt.err, tt.lost
+			s := newStore(t, t.TempDir(), Options{Fetcher: &fakeFetcher{transfer: tr}})
+			w := open(t, s, layerRef(d), 5000)
+			if tt.m > 0 {
+				mustWrite(t, w, 0, data[:tt.m], tt.m)
+				if err := w.Close(); err != nil {
+					t.Fatal(err)
+				}
+				w = open(t, s, layerRef(d), 5000)
+			}
+			mustStatus(t, w, tt.want)
+			wantDigest(t, w, digest.FromBytes(data[:tt.want]))
+			if fi, err := os.Stat(w.ing.path(dataFile)); err != nil || fi.Size() != tt.want {
+				t.Errorf("the data file: %v, %v; wanted %d bytes", fi, err, tt.want)
+			}
+			mustWrite(t, w, tt.m, data[tt.want:], tt.m+5000-tt.want)
+			mustCommit(t, w, tt.m+5000-tt.want, 5000, d)
+			wantBlob(t, s, data, true)
+		})
+	}
+}
+
+// A full disk is not the transfer's failure: the client must hear of it.
+func TestTakeoverOnAFullDisk(t *testing.T) {
+	t.Parallel()
+	data, d := randomBytes(t, 5000)
+	tr := newTransfer(t, data).fail(3000)
+	tr.cloneErr, tr.lost = syscall.ENOSPC, 1000
+	s := newStore(t, t.TempDir(), Options{Fetcher: &fakeFetcher{transfer: tr}})
+	w := open(t, s, layerRef(d), 5000)
+	_, err := w.Status(t.Context())
+	wantErr(t, err, errdefs.ErrResourceExhausted)
+	if st := w.Stat(); st.Offset != 2000 {
+		t.Errorf("offset %d, wanted the 2000 bytes that fit", st.Offset)
+	}
 }
 
 func TestTransferOfAnotherSize(t *testing.T) {

@@ -138,11 +138,7 @@ func corruptBlob(dgst digest.Digest) harness.Rule {
 		if !strings.HasSuffix(r.URL.Path, dgst.String()) {
 			return nil
 		}
-		return &harness.Fault{Corrupt: func(p []byte, off int64) {
-			if at := 1000 - off; at >= 0 && at < int64(len(p)) {
-				p[at] ^= 0xff
-			}
-		}}
+		return &harness.Fault{Corrupt: harness.Flip(1000)}
 	}
 }
 

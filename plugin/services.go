@@ -101,9 +101,15 @@ func initTransfers(ic *cplugin.InitContext) (any, error) {
 }
 
 func initRegistry(ic *cplugin.InitContext) (any, error) {
+	c := configOf(ic).Registry
+	credentials, err := registry.DockerCredentials(c.Credentials)
+	if err != nil {
+		return nil, err
+	}
 	return registry.New(registry.Options{
-		ConfigPath: configOf(ic).Registry.ConfigPath,
-		UserAgent:  "gantry/" + config.Version,
+		ConfigPath:  c.ConfigPath,
+		UserAgent:   "gantry/" + config.Version,
+		Credentials: credentials,
 	}), nil
 }
 

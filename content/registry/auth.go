@@ -27,12 +27,16 @@ type auth struct {
 
 func newAuth(ep *endpoint, repository string) *auth {
 	a := &auth{ep: ep, repository: repository, turn: make(chan struct{}, 1)}
-	a.renew()
+	a.renew(nil)
 	return a
 }
 
-// renew is called with the turn held, or before anybody else knows a.
-func (a *auth) renew() {
+// lookup is what Options.Credentials is, too.
+type lookup = func(host string) (user, secret string, err error)
+
+// renew is called with the turn held, or before anybody else knows a. creds is
+// asked while the authorizer learns from a 401.
+func (a *auth) renew(creds lookup) {
 	ep := a.ep
 	client := &http.Client{Transport: ep.transport, CheckRedirect: keepHost}
 	header := ep.header.Clone()
@@ -40,12 +44,45 @@ func (a *auth) renew() {
 		header.Set("User-Agent", ep.opts.UserAgent)
 	}
 	options := []docker.AuthorizerOpt{docker.WithAuthClient(client), docker.WithAuthHeader(header)}
-	if ep.opts.Credentials != nil {
-		options = append(options, docker.WithAuthCreds(ep.opts.Credentials))
+	if creds != nil {
+		options = append(options, docker.WithAuthCreds(creds))
 	}
 	a.cur = docker.NewDockerAuthorizer(options...)
 	a.gen++
 }
+
+// credentials asks Options.Credentials, but no longer than ctx lasts: a helper
+// that somebody else waits for may be run.
+func (a *auth) credentials(ctx context.Context) lookup {
+	ask := a.ep.opts.Credentials
+	if ask == nil {
+		return nil
+	}
+	type answer struct {
+		user, secret string
+		err          error
+	}
+	return func(host string) (string, string, error) {
+		answers := make(chan answer, 1)
+		go func() {
+			user, secret, err := ask(host)
+			answers <- answer{user, secret, err}
+		}()
+		select {
+		case found := <-answers:
+			if found.err != nil {
+				return "", "", &credentialsError{found.err}
+			}
+			return found.user, found.secret, nil
+		case <-ctx.Done():
+			return "", "", context.Cause(ctx)
+		}
+	}
+}
+
+// credentialsError says that nobody knows whether there are credentials. It
+// hides what it wraps from those who look for a failure of the network.
+type credentialsError struct{ error }
 
 var errElsewhere = errors.New("the token server redirects to another host, which is refused")
 
@@ -89,7 +126,7 @@ func (a *auth) authorize(ctx context.Context, req *http.Request) (gen int, err e
 	defer cancel()
 	gen = a.gen
 	if err := a.cur.Authorize(tctx, req); err != nil {
-		a.renew()
+		a.renew(nil)
 		return gen, a.explain(ctx, err)
 	}
 	return gen, nil
@@ -106,9 +143,9 @@ func (a *auth) challenge(ctx context.Context, gen int, resp *http.Response) erro
 	if a.gen != gen {
 		return nil
 	}
-	a.renew()
 	tctx, cancel := a.tokenContext(ctx)
 	defer cancel()
+	a.renew(a.credentials(tctx))
 	if err := a.cur.AddResponses(tctx, []*http.Response{resp}); err != nil {
 		return a.explain(ctx, err)
 	}
@@ -123,7 +160,10 @@ func (a *auth) explain(ctx context.Context, err error) error {
 		return context.Cause(ctx)
 	}
 	var status remoteerrors.ErrUnexpectedStatus
+	var creds *credentialsError
 	switch {
+	case errors.As(err, &creds):
+		return fmt.Errorf("%w: %s", errdefs.ErrUnauthenticated, clean(creds.Error()))
 	case errors.As(err, &status):
 		kind := kindOfStatus(status.StatusCode)
 		if status.StatusCode != http.StatusForbidden && !errors.Is(kind, errdefs.ErrUnavailable) {

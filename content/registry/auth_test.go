@@ -22,11 +22,12 @@ type tokens struct {
 	valid            string
 	issued           int
 	before           func(w http.ResponseWriter, r *http.Request) bool // on the token server; true: answered
+	content          http.HandlerFunc                                  // of the registry, with a good token
 }
 
 func newTokens(t *testing.T, challenge string) *tokens {
 	t.Helper()
-	k := &tokens{}
+	k := &tokens{content: serve}
 	k.server = start(t, func(w http.ResponseWriter, r *http.Request) {
 		if k.before != nil && k.before(w, r) {
 			return
@@ -51,7 +52,7 @@ func newTokens(t *testing.T, challenge string) *tokens {
 			w.WriteHeader(http.StatusUnauthorized)
 			return
 		}
-		serve(w, r)
+		k.content(w, r)
 	})
 	return k
 }

@@ -6,7 +6,10 @@ import (
 	"fmt"
 	"io"
 	"net/http"
+	"net/url"
 	"slices"
+
+	"github.com/containerd/containerd/v2/core/remotes/docker"
 )
 
 // policy says what a request made on behalf of an endpoint may do, wherever
@@ -17,6 +20,18 @@ type policy struct {
 	plain  bool        // http is allowed
 	header http.Header // of hosts.toml: for the own host only
 	token  bool        // a request to a token server
+}
+
+// near says whether a token server is on the machine that may be asked over
+// http, or on this one. Only there may a password go in the clear.
+func (p *policy) near(token *url.URL) bool {
+	own := url.URL{Host: p.host}
+	return token.Hostname() == own.Hostname() || docker.IsLocalhost(token.Host)
+}
+
+// hasSecret says whether a request to a token server proves who asks.
+func hasSecret(req *http.Request) bool {
+	return req.Method != http.MethodGet || req.Header.Get("Authorization") != ""
 }
 
 type (
@@ -52,16 +67,16 @@ func (g guard) RoundTrip(req *http.Request) (*http.Response, error) {
 		return nil, errors.New("request without a policy")
 	}
 	own := req.URL.Host == p.host
-	if req.URL.Scheme != "https" {
-		// A fallback is for the endpoint itself, not for those it points to.
-		fellBack := req.Context().Value(askedKey{}) == "https"
-		if !p.plain || fellBack && !own {
-			return nil, fmt.Errorf("%s: %w", req.URL.Host, errPlain)
-		}
-	}
 	if !own && len(p.header) > 0 {
 		req = req.Clone(req.Context())
 		removeValues(req.Header, p.header)
+	}
+	if req.URL.Scheme != "https" {
+		// A fallback is for the endpoint itself, not for those it points to.
+		fellBack := req.Context().Value(askedKey{}) == "https"
+		if !p.plain || fellBack && !own || p.token && hasSecret(req) && !p.near(req.URL) {
+			return nil, fmt.Errorf("%s: %w", req.URL.Host, errPlain)
+		}
 	}
 	resp, err := g.Transport.RoundTrip(req)
 	if err == nil && p.token {

@@ -52,17 +52,21 @@ func loadHostSet(ctx context.Context, host, dir string, o Options) (*hostSet, er
 	if err != nil {
 		return nil, fmt.Errorf("hosts files in %s cannot be used: %w: %w", dir, errdefs.ErrFailedPrecondition, err)
 	}
-	seen := map[string]bool{}
+	seen := map[string]*endpoint{}
 	for _, rh := range hosts {
 		if rh.Scheme != "http" && rh.Scheme != "https" || rh.Host == "" {
 			return nil, fmt.Errorf("hosts files in %s: %q is not an http or https URL of a host: %w", dir, rh.Scheme+"://"+rh.Host, errdefs.ErrFailedPrecondition)
 		}
 		place := rh.Scheme + "://" + rh.Host + rh.Path
-		if !rh.Capabilities.Has(docker.HostCapabilityPull) || seen[place] {
+		if !rh.Capabilities.Has(docker.HostCapabilityPull) {
 			continue
 		}
-		seen[place] = true
-		set.endpoints = append(set.endpoints, newEndpoint(host, rh, o))
+		if ep := seen[place]; ep != nil {
+			ep.capabilities |= rh.Capabilities
+			continue
+		}
+		seen[place] = newEndpoint(host, rh, o)
+		set.endpoints = append(set.endpoints, seen[place])
 	}
 	return set, nil
 }
@@ -118,6 +122,7 @@ type endpoint struct {
 	name               string // for logs and errors
 	scheme, host, path string
 	proxies            string // the host it stands for, if it is a mirror
+	capabilities       docker.HostCapabilities
 	header             http.Header
 	transport          http.RoundTripper
 	policy             *policy
@@ -136,15 +141,16 @@ func newEndpoint(asked string, rh docker.RegistryHost, o Options) *endpoint {
 		}
 	}
 	ep := &endpoint{
-		name:      rh.Host,
-		scheme:    rh.Scheme,
-		host:      rh.Host,
-		path:      rh.Path,
-		header:    header,
-		transport: asking{rh.Client.Transport},
-		policy:    &policy{host: rh.Host, plain: mayBePlain(rh, !guarded), header: header},
-		opts:      o,
-		auth:      map[string]*auth{},
+		name:         rh.Host,
+		scheme:       rh.Scheme,
+		host:         rh.Host,
+		path:         rh.Path,
+		capabilities: rh.Capabilities,
+		header:       header,
+		transport:    asking{rh.Client.Transport},
+		policy:       &policy{host: rh.Host, plain: mayBePlain(rh, !guarded), header: header},
+		opts:         o,
+		auth:         map[string]*auth{},
 	}
 	if rh.Path != "/v2" {
 		ep.name += rh.Path // one machine may stand for several registries

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"path/filepath"
 	"strings"
 	"testing"
 	"testing/synctest"
@@ -171,15 +172,35 @@ func TestGivesUp(t *testing.T) {
 	}
 }
 
+// cloned returns a file that got the contiguous part from off on, and what CloneTo said.
+func cloned(t *testing.T, h *Handle, off int64) (got []byte, n int64, err error) {
+	t.Helper()
+	f, err := os.Create(filepath.Join(t.TempDir(), "clone"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = f.Close() }()
+	if err := f.Truncate(off); err != nil {
+		t.Fatal(err)
+	}
+	n, cloneErr := h.CloneTo(t.Context(), f, off)
+	got, err = os.ReadFile(f.Name())
+	if err != nil {
+		t.Fatal(err)
+	}
+	return got, n, cloneErr
+}
+
 // partlyThere wants the contiguous part of a failed transfer to be readable and nothing else.
 func partlyThere(t *testing.T, h *Handle, data []byte, frontier int64) {
 	t.Helper()
 	if h.Frontier() != frontier {
 		t.Errorf("frontier %d, want %d", h.Frontier(), frontier)
 	}
-	var w bytes.Buffer
-	if n, err := h.CopyTo(t.Context(), &w); n != frontier || err != nil || !bytes.Equal(w.Bytes(), data[:frontier]) {
-		t.Errorf("copied %d bytes, %v; want %d", n, err, frontier)
+	for _, off := range []int64{0, frontier / 3, frontier} {
+		if got, n, err := cloned(t, h, off); n != frontier-off || err != nil || !bytes.Equal(got[off:], data[off:frontier]) {
+			t.Errorf("from %d on: copied %d bytes, %v; want %d", off, n, err, frontier-off)
+		}
 	}
 	got, err := readAll(t, h)
 	if int64(len(got)) != frontier || err == nil || !errors.Is(err, h.Wait(t.Context())) {
@@ -303,7 +324,7 @@ func TestMismatch(t *testing.T) {
 			if _, err := os.Stat(dataPath(m, b)); !os.IsNotExist(err) {
 				t.Errorf("the data was not dropped: %v", err)
 			}
-			if n, err := other.CopyTo(t.Context(), new(bytes.Buffer)); n != 0 {
+			if _, n, err := cloned(t, other, 0); n != 0 {
 				t.Errorf("copied %d wrong bytes, %v", n, err)
 			}
 		})

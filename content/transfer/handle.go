@@ -166,42 +166,6 @@ func (h *Handle) LinkTo(path string) error {
 	return nil
 }
 
-// CopyTo writes the contiguous part, as far as it reaches now, of a transfer that runs or failed. The bytes are not
-// verified unless the transfer is complete. ErrRestarted: they turned out wrong meanwhile.
-func (h *Handle) CopyTo(ctx context.Context, w io.Writer) (int64, error) {
-	j := h.job
-	j.mu.Lock()
-	end, generation := j.frontier, j.generation
-	j.mu.Unlock()
-	buf := make([]byte, min(blockSize, max(end, 1)))
-	off := int64(0)
-	for off < end {
-		if ctx.Err() != nil {
-			return off, context.Cause(ctx)
-		}
-		data, n, _, err := h.look(off)
-		if err != nil {
-			return off, err
-		}
-		if data == nil || j.currentGeneration() != generation {
-			return off, fmt.Errorf("blob %s: %w", j.blob.Digest, ErrRestarted)
-		}
-		m, err := data.ReadAt(buf[:min(int64(len(buf)), n, end-off)], off)
-		if errors.Is(err, os.ErrClosed) {
-			continue
-		}
-		if m == 0 {
-			return off, fmt.Errorf("blob %s: read back: %w", j.blob.Digest, err)
-		}
-		k, err := w.Write(buf[:m])
-		off += int64(k)
-		if err != nil {
-			return off, err
-		}
-	}
-	return off, nil
-}
-
 // Close gives up waiting. When the last waiter leaves, the transfer goes on for Options.Grace and then stops, resumable.
 // A second call does nothing.
 //

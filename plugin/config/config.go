@@ -69,7 +69,8 @@ type Transfer struct {
 
 // Registry says where registries are described.
 type Registry struct {
-	ConfigPath string // containerd's certs.d; empty: none
+	ConfigPath  string // containerd's certs.d; empty: none
+	Credentials string // docker's config.json; empty: none
 }
 
 // Unpack says how layers are unpacked.

@@ -84,7 +84,7 @@ func TestDefaults(t *testing.T) {
 		Content:    Content{Root: "/var/lib/gantry/content"},
 		Transfer: Transfer{Root: "/var/lib/gantry/transfers",
 			ConnectionsPerHost: 8, KeepPartial: 24 * time.Hour, GiveUp: 2 * time.Minute},
-		Registry:    Registry{ConfigPath: "/etc/containerd/certs.d"},
+		Registry:    Registry{ConfigPath: "/etc/containerd/certs.d", Credentials: "/root/.docker/config.json"},
 		Snapshotter: Snapshotter{Mount: "auto"},
 	}
 	if !reflect.DeepEqual(c, want) {

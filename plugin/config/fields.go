@@ -52,6 +52,8 @@ func fields(c *Config) []field {
 
 		{key: "registry.config_path", value: optionalPath(&c.Registry.ConfigPath), fallback: "/etc/containerd/certs.d",
 			doc: "The hosts.toml folders that containerd uses too. Empty: none."},
+		{key: "registry.credentials", value: optionalPath(&c.Registry.Credentials), fallback: "/root/.docker/config.json",
+			doc: "Docker's config.json with logins and credential helpers, read anew for each login. Need not exist. Empty: none."},
 
 		{key: "unpack.workers", value: count(&c.Unpack.Workers, 0, 1024), fallback: "0",
 			doc: "Layers that are unpacked at once. 0: the number of CPUs."},

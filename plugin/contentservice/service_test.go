@@ -46,8 +46,8 @@ func (t *transfer) Wait(context.Context) error {
 func (t *transfer) Frontier() int64          { return t.have }
 func (t *transfer) LinkTo(path string) error { return os.Link(t.file, path) }
 func (t *transfer) Close() error             { return nil }
-func (t *transfer) CopyTo(_ context.Context, w io.Writer) (int64, error) {
-	n, err := w.Write(t.data[:t.have])
+func (t *transfer) CloneTo(_ context.Context, f *os.File, off int64) (int64, error) {
+	n, err := f.WriteAt(t.data[off:t.have], off)
 	return int64(n), err
 }
 

@@ -1,0 +1,39 @@
+package transfer
+
+import (
+	"context"
+	"fmt"
+	"io/fs"
+	"os"
+
+	"github.com/gantryd/gantry/content/clone"
+)
+
+// CloneTo gives f the contiguous part from off on, as far as it reaches now, of a transfer that runs or failed; where
+// the file system can, both files share the blocks. What f has below off is the caller's business. The bytes are not
+// verified unless the transfer is complete. It returns how many bytes from off on are in f, also with an error;
+// none after ErrRestarted: the bytes turned out wrong meanwhile, and so may be what f has got.
+func (h *Handle) CloneTo(ctx context.Context, f *os.File, off int64) (int64, error) {
+	j := h.job
+	j.mu.Lock()
+	closed, end, generation := h.closed, j.frontier, j.generation
+	var data *os.File
+	if j.folder != nil {
+		data = j.folder.data
+	}
+	j.mu.Unlock()
+	if closed {
+		return 0, fmt.Errorf("blob %s: %w", j.blob.Digest, fs.ErrClosed)
+	}
+	if off >= end || data == nil {
+		return 0, nil
+	}
+	n, err := clone.Range(ctx, f, data, off, end)
+	if j.currentGeneration() != generation {
+		return 0, fmt.Errorf("blob %s: %w", j.blob.Digest, ErrRestarted)
+	}
+	if err != nil && ctx.Err() == nil {
+		return n, fmt.Errorf("blob %s: %w", j.blob.Digest, err)
+	}
+	return n, err
+}
