@@ -18,6 +18,7 @@ require (
 	github.com/docker/docker-credential-helpers v0.9.12
 	github.com/erofs/go-erofs v0.3.1
 	github.com/gofrs/flock v0.13.1
+	github.com/hanwen/go-fuse/v2 v2.12.1
 	github.com/klauspost/compress v1.20.0
 	github.com/moby/sys/mountinfo v0.7.2
 	github.com/opencontainers/go-digest v1.0.0

@@ -58,6 +58,7 @@ func (s *Store) loadBlobs() error {
 		if !a.IsDir() || !alg.Available() {
 			continue
 		}
+		s.made[filepath.Join(s.root, blobFolder, a.Name())] = true // NewStore has synced blobs/
 		files, err := os.ReadDir(filepath.Join(s.root, blobFolder, a.Name()))
 		if err != nil {
 			return err
@@ -335,15 +336,21 @@ func (s *Store) record(ing *ingest, d digest.Digest, size int64) bool {
 	return true
 }
 
+// algorithmFolder makes a folder of blobs/. On return its name is durable, also when another session has just made it.
 func (s *Store) algorithmFolder(dir string) error {
-	err := os.Mkdir(dir, 0o755)
-	if errors.Is(err, os.ErrExist) {
+	s.making.Lock()
+	defer s.making.Unlock()
+	if s.made[dir] {
 		return nil
 	}
-	if err != nil {
+	if err := os.Mkdir(dir, 0o755); err != nil && !errors.Is(err, os.ErrExist) {
 		return err
 	}
-	return s.syncFolder(filepath.Dir(dir))
+	if err := s.syncFolder(filepath.Dir(dir)); err != nil {
+		return err
+	}
+	s.made[dir] = true
+	return nil
 }
 
 // settleFolder makes the entry of a placed or held blob durable. It does nothing

@@ -10,6 +10,21 @@ import (
 	"github.com/opencontainers/go-digest"
 )
 
+// written is called when the client has written all of the declared bytes.
+func (s *Session) written(ctx context.Context) error {
+	s.store.busy(s.ing, true)
+	err := s.complete(ctx)
+	// Still leading means that it did not bring the blob.
+	s.store.end(s.store.leadOf(s.ing), func(l *lead) {
+		l.err = err
+		if err == nil {
+			l.have, l.spoil = 0, s.ing.salvaged
+			l.err = fmt.Errorf("the client of ref %q wrote something else than %s: %w", s.ing.ref, s.named, errdefs.ErrDataLoss)
+		}
+	})
+	return err
+}
+
 // complete stages an ingest that has all of its declared bytes. When they are
 // not what the ref names, they stay where they are and COMMIT says so.
 func (s *Session) complete(ctx context.Context) error {
@@ -18,7 +33,13 @@ func (s *Session) complete(ctx context.Context) error {
 		log.G(ctx).WithField("ref", s.ing.ref).WithField("digest", d).Warn("the client wrote something else than its ref names")
 		return nil
 	}
-	return s.stage(d)
+	if err := s.stage(d); err != nil {
+		return err
+	}
+	if s.named == d {
+		s.store.brought(s.ing, s.key())
+	}
+	return nil
 }
 
 // stage puts the ingest's data into blobs/, hidden and durable.
@@ -162,7 +183,7 @@ func (s *Session) matching(ctx context.Context, expected digest.Digest) (digest.
 		return d, nil
 	}
 	err := fmt.Errorf("the %d bytes of ref %q are %s, not %s: %w", s.ing.offset, s.ing.ref, d, expected, errdefs.ErrFailedPrecondition)
-	if expected == s.named && s.ing.offset == s.ing.total {
+	if s.ing.found || expected == s.named && s.ing.offset == s.ing.total {
 		// They never can become what the ref names: let the next try begin anew.
 		return "", errors.Join(err, s.spoiled())
 	}

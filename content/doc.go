@@ -27,6 +27,23 @@
 // An ingest without a declared size is synced every 8 MiB, so that its COMMIT,
 // which cannot know it is coming, finds little to sync.
 //
+// # Leaders and followers
+//
+// When no transfer brings a blob (there is none, or it failed) and several
+// sessions want it, one of them leads: its STAT answers with what could be salvaged,
+// by shared blocks where the file system can, and its client fetches the rest. The
+// STATs of the others wait and show the leader's offset. When the leader's WRITE
+// has completed the blob and it lies in blobs/, they hold it too. Who comes later
+// follows at once. Where namespaces do not share content, each has its own leader.
+//
+// A turn ends with the blob, with the leader's session, its abort, bytes that are
+// not the blob's, or when its client has written nothing for Options.GiveUp while
+// nothing else kept it busy. Then the next follower leads and salvages what the
+// turn before or the transfer has, whichever is longer. A leader waits for nobody, and
+// one that was replaced may go on: who finishes first publishes, the other adopts.
+// Whoever's bytes they are, every ingest is hashed from its first to its last one;
+// after a mismatch nobody salvages what may have caused it.
+//
 // # Labels
 //
 // containerd's metadata store keeps the labels of blobs. The ones given to
@@ -37,5 +54,6 @@
 // Store.mu guards the two maps and is never held during I/O, a callback or a
 // call to Fetcher, Transfer or Observer. Store.files serialises renames into
 // and unlinks from blobs/, and is taken before mu. Session.mu comes before
-// both. No goroutine is started by this package.
+// both. A follower waits with its own Session.mu alone. No goroutine is started by
+// this package.
 package content

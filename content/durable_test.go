@@ -4,8 +4,12 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"sync"
+	"sync/atomic"
 	"testing"
+	"time"
 
+	"github.com/containerd/errdefs"
 	"github.com/opencontainers/go-digest"
 )
 
@@ -93,4 +97,74 @@ func TestOrderOfDurability(t *testing.T) {
 		mustCommit(t, w, 5000, 5000, d)
 		log.want(t, "COMMIT", "file", placed)
 	})
+}
+
+// Nobody is told that a blob is there before the name of its folder is durable,
+// whoever has made that folder.
+func TestOneFolderForTwo(t *testing.T) {
+	t.Parallel()
+	s := newStore(t, t.TempDir(), Options{})
+	var once sync.Once
+	var durable atomic.Bool
+	making, second := make(chan struct{}), make(chan struct{})
+	s.onSync = func(path string) {
+		if path != filepath.Join(s.root, blobFolder) {
+			return
+		}
+		once.Do(func() {
+			close(making)
+			select {
+			case <-second:
+			case <-time.After(50 * time.Millisecond): // it waits, as it should
+			}
+			durable.Store(true)
+		})
+	}
+	commit := func(data string) {
+		d := digest.SHA512.FromString(data)
+		w, err := s.Open(testContext(t), "default/1/layer-"+d.String(), int64(len(data)), "")
+		if err == nil {
+			_, err = w.Write(testContext(t), 0, []byte(data))
+		}
+		if err != nil {
+			t.Error(err)
+		}
+		if !durable.Load() {
+			t.Errorf("%q was answered before the folder was durable", data)
+		}
+		_ = w.Close()
+	}
+	var wg sync.WaitGroup
+	wg.Go(func() { commit("first") })
+	<-making
+	wg.Go(func() { commit("other"); close(second) })
+	wg.Wait()
+}
+
+// What a power loss has left of an ingest may be anything. A client whose ref
+// names no digest finds out at COMMIT, and must not find the same there for ever.
+func TestSpoiledByPowerLoss(t *testing.T) {
+	t.Parallel()
+	data, d := randomBytes(t, 5000)
+	root := t.TempDir()
+	s := newStore(t, root, Options{})
+	w := open(t, s, "import", 0)
+	mustWrite(t, w, 0, data, 5000)
+	path := w.ing.path(dataFile)
+	if err := w.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(path, make([]byte, 5000), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	s = newStore(t, root, Options{})
+	w = open(t, s, "import", 0)
+	mustStatus(t, w, 5000)
+	_, err := w.Commit(testContext(t), 5000, 5000, d, nil)
+	wantErr(t, err, errdefs.ErrFailedPrecondition)
+	w = open(t, s, "import", 0)
+	mustStatus(t, w, 0)
+	mustWrite(t, w, 0, data, 5000)
+	mustCommit(t, w, 5000, 5000, d)
+	wantBlob(t, s, data, true)
 }

@@ -31,8 +31,11 @@ const (
 	claimedFile = "claimed"
 )
 
+// progress is what a session waits for.
+type progress interface{ Frontier() int64 }
+
 // Status describes an ingest. Offset is the number of bytes that are there,
-// while a session waits for a transfer that transfer's frontier.
+// while a session waits for a transfer or another client how far that has come.
 type Status = ccontent.Status
 
 // ingest is what is known of one ref. It outlives the sessions that write it,
@@ -50,9 +53,11 @@ type ingest struct {
 	offset   int64
 	total    int64         // 0: unknown
 	staged   digest.Digest // the blob in blobs/ that this ingest holds; then there is no data file
-	transfer Transfer      // what the session waits for
-	salvaged bool          // a failed transfer's bytes are in it
+	waits    progress      // what the session waits for
+	lead     *lead         // the turn its session has at fetching for all
+	salvaged bool          // bytes of a failed transfer or of another ingest are in it
 	alone    bool          // they were not the blob's: no more of them
+	found    bool          // it has bytes of an earlier process, which a power loss may have spoiled
 	cancel   context.CancelCauseFunc
 
 	// Owned by the session. The digester has seen the first hashed bytes; it is
@@ -134,7 +139,7 @@ func (ing *ingest) readData() error {
 	if !fi.Mode().IsRegular() {
 		return fmt.Errorf("the data of an ingest is not a regular file: %w", errdefs.ErrDataLoss)
 	}
-	ing.offset = fi.Size()
+	ing.offset, ing.found = fi.Size(), fi.Size() > 0
 	if fi.ModTime().After(ing.updated) {
 		ing.updated = fi.ModTime()
 	}
@@ -167,9 +172,9 @@ func (s *Store) Status(_ context.Context, ref string) (Status, error) {
 		s.mu.Unlock()
 		return Status{}, fmt.Errorf("ingest %q: %w", ref, errdefs.ErrNotFound)
 	}
-	st, transfer := ing.status()
+	st, waits := ing.status()
 	s.mu.Unlock()
-	return withFrontier(st, transfer), nil
+	return withFrontier(st, waits), nil
 }
 
 // ListStatuses describes what clients write, and nothing else: transfers without
@@ -180,14 +185,14 @@ func (s *Store) ListStatuses(_ context.Context, fs ...string) ([]Status, error) 
 		return nil, err
 	}
 	var (
-		all       []Status
-		transfers []Transfer
+		all   []Status
+		waits []progress
 	)
 	s.mu.Lock()
 	for _, ing := range s.ingests {
 		if !ing.dead {
-			st, transfer := ing.status()
-			all, transfers = append(all, st), append(transfers, transfer)
+			st, w := ing.status()
+			all, waits = append(all, st), append(waits, w)
 		}
 	}
 	s.mu.Unlock()
@@ -195,7 +200,7 @@ func (s *Store) ListStatuses(_ context.Context, fs ...string) ([]Status, error) 
 	list := make([]Status, 0, len(all))
 	for i, st := range all {
 		if filter.Match(refAdaptor(st.Ref)) {
-			list = append(list, withFrontier(st, transfers[i]))
+			list = append(list, withFrontier(st, waits[i]))
 		}
 	}
 	slices.SortFunc(list, func(a, b Status) int { return strings.Compare(a.Ref, b.Ref) })
@@ -208,9 +213,9 @@ func refAdaptor(ref string) filters.Adaptor {
 	})
 }
 
-// status returns the ingest's own state and the transfer to ask for a newer
-// offset once mu, which the caller holds, is free.
-func (ing *ingest) status() (Status, Transfer) {
+// status returns the ingest's own state and what to ask for a newer offset once mu,
+// which the caller holds, is free.
+func (ing *ingest) status() (Status, progress) {
 	expected, _ := digestFromRef(ing.ref)
 	return Status{
 		Ref:       ing.ref,
@@ -219,14 +224,14 @@ func (ing *ingest) status() (Status, Transfer) {
 		Expected:  expected,
 		StartedAt: ing.started,
 		UpdatedAt: ing.updated,
-	}, ing.transfer
+	}, ing.waits
 }
 
-func withFrontier(st Status, t Transfer) Status {
-	if t == nil {
+func withFrontier(st Status, waits progress) Status {
+	if waits == nil {
 		return st
 	}
-	if n := t.Frontier(); n > st.Offset {
+	if n := waits.Frontier(); n > st.Offset {
 		st.Offset = n
 		st.UpdatedAt = time.Now()
 	}
@@ -247,6 +252,7 @@ func (s *Store) Abort(ctx context.Context, ref string) error {
 	ing.dead = true
 	cancel, open := ing.cancel, ing.open
 	s.mu.Unlock()
+	s.resign(ing, ing.aborted())
 	log.G(ctx).WithField("ref", ref).Debug("ingest aborted")
 
 	if cancel != nil {
@@ -314,6 +320,7 @@ func (s *Store) advance(ing *ingest, offset int64) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	ing.offset, ing.updated = offset, time.Now()
+	ing.lead.moved(ing.updated)
 }
 
 // watch makes Abort cancel the wait of the session that holds ing.
@@ -327,15 +334,18 @@ func (s *Store) watch(ing *ingest, cancel context.CancelCauseFunc) error {
 	return nil
 }
 
-// waiting shows t's frontier in the ingest's status; nil ends that, and Abort's
-// hold of the wait.
-func (s *Store) waiting(ing *ingest, t Transfer) {
+// waiting shows in the ingest's status how far p has come.
+func (s *Store) waiting(ing *ingest, p progress) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	ing.transfer = t
-	if t == nil {
-		ing.cancel = nil
-	}
+	ing.waits = p
+}
+
+// unwatch ends what watch and waiting began.
+func (s *Store) unwatch(ing *ingest) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	ing.waits, ing.cancel = nil, nil
 }
 
 func (s *Store) alive(ing *ingest) error {

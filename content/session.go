@@ -287,6 +287,9 @@ func (s *Session) write(ctx context.Context, p []byte) (int, error) {
 	if err := s.roomFor(ctx, len(p)); err != nil {
 		return 0, err
 	}
+	if err := s.volunteer(); err != nil {
+		return 0, err
+	}
 	if err := s.follow(ctx); err != nil {
 		return 0, err
 	}
@@ -306,6 +309,7 @@ func (s *Session) follow(ctx context.Context) error {
 		return err
 	}
 	s.growing = g
+	s.store.grows(s.ing, g)
 	log.G(ctx).WithField("ref", s.ing.ref).WithField("digest", s.named).Debug("a client writes the blob itself")
 	s.store.observer.Ingesting(s.namespace, s.named, s.ing.total, g)
 	return nil
@@ -339,7 +343,7 @@ func (s *Session) append(ctx context.Context, p []byte) (int, error) {
 		return n, fmt.Errorf("write ref %q: %w", s.ing.ref, err)
 	}
 	if s.ing.offset == s.ing.total {
-		return n, s.complete(ctx)
+		return n, s.written(ctx)
 	}
 	if s.ing.total > 0 && s.ing.offset < s.ing.total {
 		return n, nil
@@ -376,12 +380,14 @@ func (s *Session) startOver() error {
 	if err := s.dropStaged(); err != nil {
 		return err
 	}
-	s.ing.digester, s.ing.salvaged = nil, false
+	s.ing.digester, s.ing.salvaged, s.ing.found = nil, false, false
 	s.ing.rehash(s.algorithm())
 	s.shift, s.unsynced = 0, 0
 	s.store.advance(s.ing, 0)
-	_, err := s.data()
-	return err
+	if _, err := s.data(); err != nil {
+		return err
+	}
+	return s.lend()
 }
 
 // unstage gives the ingest a copy of its own of what lies in blobs/, because a
@@ -435,6 +441,8 @@ func (s *Session) Close() error {
 
 // end closes the session but does not free its ref yet.
 func (s *Session) end() error {
+	s.store.resign(s.ing, fmt.Errorf("the client of ref %q left with %d bytes of %s: %w",
+		s.ing.ref, s.ing.offset, s.named, errdefs.ErrAborted))
 	s.final = s.digest()
 	s.closed = true
 	return s.closeData()

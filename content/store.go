@@ -1,6 +1,7 @@
 package content
 
 import (
+	"cmp"
 	"context"
 	_ "crypto/sha256" // makes digest.SHA256 available
 	_ "crypto/sha512" // makes digest.SHA384 and digest.SHA512 available
@@ -84,10 +85,16 @@ type Observer interface {
 	Deleted(d digest.Digest)
 }
 
-// Options of a Store. Both members may be nil.
+// Options of a Store. All members may be left out.
 type Options struct {
 	Fetcher  Fetcher
 	Observer Observer
+	// Isolated is containerd's content sharing policy "isolated": a client follows
+	// only clients of its own namespace.
+	Isolated bool
+	// GiveUp is how long a client that fetches for others may write nothing before
+	// another one takes over. Default 2m.
+	GiveUp time.Duration
 }
 
 // Store is containerd's content.Store on disk. See the package's documentation.
@@ -95,32 +102,45 @@ type Store struct {
 	root     string
 	fetcher  Fetcher
 	observer Observer
+	isolated bool
+	giveUp   time.Duration
 	onSync   func(path string) // tests see here what is made durable, and when
 
 	// files serialises changes of blobs/. It comes before mu.
 	files sync.Mutex
 
+	making sync.Mutex
+	made   map[string]bool // the folders in blobs/ whose names are durable; guarded by making
+
 	mu      sync.Mutex
 	blobs   map[digest.Digest]*blob
 	ingests map[string]*ingest
+	leads   map[leadKey]*lead
+	wrote   map[string]time.Time // when a leader of this namespace has written last
 }
 
 // NewStore opens the store at root, and makes the folders that are missing. All
 // blobs it finds are visible; ingests are kept for their clients to resume.
+// The folder above root outlives a power loss if the caller has seen to it.
 func NewStore(root string, o Options) (*Store, error) {
 	s := &Store{
 		root:     root,
 		fetcher:  o.Fetcher,
 		observer: o.Observer,
+		isolated: o.Isolated,
+		giveUp:   cmp.Or(o.GiveUp, giveUp),
 		blobs:    map[digest.Digest]*blob{},
 		ingests:  map[string]*ingest{},
+		made:     map[string]bool{},
+		leads:    map[leadKey]*lead{},
+		wrote:    map[string]time.Time{},
 	}
 	for _, dir := range []string{filepath.Join(blobFolder, digest.Canonical.String()), ingestFolder} {
 		if err := os.MkdirAll(filepath.Join(root, dir), 0o755); err != nil {
 			return nil, fmt.Errorf("content store: %w", err)
 		}
 	}
-	if err := errors.Join(syncDir(filepath.Join(root, blobFolder)), syncDir(root)); err != nil {
+	if err := errors.Join(s.syncFolder(filepath.Join(root, blobFolder)), s.syncFolder(root), s.syncFolder(filepath.Dir(root))); err != nil {
 		return nil, fmt.Errorf("content store: %w", err)
 	}
 	if err := s.loadBlobs(); err != nil {
@@ -151,10 +171,6 @@ func (s *Store) syncFolder(path string) error {
 	if s.onSync != nil {
 		s.onSync(path)
 	}
-	return syncDir(path)
-}
-
-func syncDir(path string) error {
 	d, err := os.Open(path)
 	if err != nil {
 		return err

@@ -15,6 +15,16 @@ func (s *Session) settle(ctx context.Context) error {
 	if s.ing.staged != "" {
 		return nil
 	}
+	if err := s.prepared(ctx); err != nil {
+		s.store.resign(s.ing, err)
+		return err
+	}
+	s.store.busy(s.ing, false)
+	s.shift = s.ing.offset - s.base
+	return nil
+}
+
+func (s *Session) prepared(ctx context.Context) error {
 	if s.eligible() {
 		if err := s.takeOver(ctx); err != nil {
 			return err
@@ -23,11 +33,7 @@ func (s *Session) settle(ctx context.Context) error {
 	if err := s.catchUp(ctx); err != nil {
 		return err
 	}
-	if err := s.finish(ctx); err != nil {
-		return err
-	}
-	s.shift = s.ing.offset - s.base
-	return nil
+	return s.finish(ctx)
 }
 
 // finish stages an ingest that has all bytes but was not staged: a crash came in
@@ -61,26 +67,30 @@ func (s *Session) eligible() bool {
 	return s.store.fetcher != nil && s.declared > 0 && s.named != "" && s.named == s.want && s.ing.offset < s.ing.total
 }
 
-// takeOver waits for a transfer to bring the blob. Only the end of ctx, an Abort
-// and a failure of the own disk are errors: after anything else the client goes
-// on by itself, from what is there.
+// takeOver waits for a transfer to bring the blob, or for another client. Only the
+// end of ctx, an Abort and a failure of the own disk are errors: after anything
+// else the client goes on by itself, from what is there.
 func (s *Session) takeOver(ctx context.Context) error {
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
 	if err := s.store.watch(s.ing, cancel); err != nil {
 		return err
 	}
-	defer s.store.waiting(s.ing, nil)
+	defer s.store.unwatch(s.ing)
 
+	if s.store.led(s.key()) {
+		return s.share(ctx, nil, nil) // no transfer of what a client fetches already
+	}
 	_, ref := splitRef(s.ing.ref)
 	req := FetchRequest{Namespace: s.namespace, Ref: ref, Digest: s.named, Size: s.declared}
 	t, err := s.store.fetcher.Fetch(ctx, req)
 	if err != nil {
-		return s.alone(ctx, "no transfer, the client fetches", err)
+		if err := s.mayGoOn(ctx, err); err != nil {
+			return err
+		}
+		return s.share(ctx, nil, err)
 	}
-	s.store.waiting(s.ing, t)
 	err = s.await(ctx, t)
-	s.store.waiting(s.ing, nil)
 	if cerr := t.Close(); cerr != nil {
 		log.G(ctx).WithError(cerr).WithField("digest", s.named).Warn("leaving a transfer")
 	}
@@ -88,6 +98,7 @@ func (s *Session) takeOver(ctx context.Context) error {
 }
 
 func (s *Session) await(ctx context.Context, t Transfer) error {
+	s.store.waiting(s.ing, t)
 	err := t.Wait(ctx)
 	if err == nil {
 		err = s.claim(t)
@@ -95,25 +106,19 @@ func (s *Session) await(ctx context.Context, t Transfer) error {
 	if err == nil {
 		return nil
 	}
-	if err := s.alone(ctx, "the transfer failed, the client goes on", err); err != nil {
+	if err := s.mayGoOn(ctx, err); err != nil {
 		return err
 	}
-	return s.salvage(ctx, t)
+	return s.share(ctx, t, err)
 }
 
-// alone decides whether the client can go on after err, and says why it has to.
-func (s *Session) alone(ctx context.Context, what string, err error) error {
+// mayGoOn returns nil if the client can fetch by itself although err happened.
+func (s *Session) mayGoOn(ctx context.Context, err error) error {
 	if ctx.Err() != nil {
 		return context.Cause(ctx)
 	}
 	if errors.Is(err, ErrRefused) {
 		return err
-	}
-	entry := log.G(ctx).WithError(err).WithField("digest", s.named).WithField("ref", s.ing.ref)
-	if errdefs.IsNotFound(err) {
-		entry.Debug(what)
-	} else {
-		entry.Warn(what)
 	}
 	return nil
 }
@@ -137,18 +142,23 @@ func (s *Session) claim(t Transfer) error {
 	if err != nil {
 		return errors.Join(err, removeFile(path))
 	}
-	if err := errors.Join(s.closeData(), removeFile(s.ing.path(dataFile))); err != nil {
+	if err := s.adopted(); err != nil {
 		return err
 	}
-	s.ing.digester = nil
-	s.ing.rehash(s.algorithm())
-	return s.store.settleFolder(s.named)
+	s.store.brought(s.ing, s.key())
+	return nil
 }
 
-// salvage takes what a failed transfer has and the ingest has not, so that the
-// client asks the registry for the rest only.
-func (s *Session) salvage(ctx context.Context, t Transfer) error {
-	if s.ing.staged != "" || s.ing.alone || t.Frontier() <= s.ing.offset {
+// source has bytes of a blob that may be its first ones: a transfer or a lead.
+type source interface {
+	Frontier() int64
+	CloneTo(ctx context.Context, f *os.File, off int64) (int64, error)
+}
+
+// salvage takes what a source has and the ingest has not, so that the client asks
+// the registry for the rest only.
+func (s *Session) salvage(ctx context.Context, from source) error {
+	if s.ing.staged != "" || s.ing.alone || from.Frontier() <= s.ing.offset {
 		return nil
 	}
 	f, err := s.data()
@@ -156,9 +166,9 @@ func (s *Session) salvage(ctx context.Context, t Transfer) error {
 		return err
 	}
 	off := s.ing.offset
-	n, err := t.CloneTo(ctx, f, off)
+	n, err := from.CloneTo(ctx, f, off)
 	if err == nil && off+n > s.ing.total {
-		n, err = 0, fmt.Errorf("the transfer of %s has more than %d bytes: %w", s.named, s.ing.total, errdefs.ErrDataLoss)
+		n, err = 0, fmt.Errorf("%d bytes of %s are more than its size of %d: %w", off+n, s.named, s.ing.total, errdefs.ErrDataLoss)
 	}
 	if n > 0 {
 		s.ing.salvaged = true
@@ -174,5 +184,9 @@ func (s *Session) salvage(ctx context.Context, t Transfer) error {
 	if full(err) {
 		return err
 	}
-	return s.alone(ctx, "the transfer failed again, the client goes on", err)
+	if err := s.mayGoOn(ctx, err); err != nil {
+		return err
+	}
+	s.tell(ctx, "not all of what a failed fetch left can be used, the client goes on", err)
+	return nil
 }

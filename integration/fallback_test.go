@@ -1,10 +1,13 @@
 package integration
 
 import (
+	"fmt"
 	"net/http"
 	"strings"
 	"testing"
 	"time"
+
+	"golang.org/x/sync/errgroup"
 
 	"github.com/gantryd/gantry/integration/harness"
 )
@@ -95,6 +98,51 @@ func TestFallbackHalfway(t *testing.T) {
 				t.Errorf("containerd was sent %d bytes of %d, want what gantry did not have", sent["containerd"], big.Size)
 			}
 			checkExported(t, n, ref)
+		})
+	}
+}
+
+// TestFallbackOfEight has eight clients side by side fetch what gantry may not: one of them does, for all.
+func TestFallbackOfEight(t *testing.T) {
+	needGantry(t)
+	for name, share := range map[string]int64{"from the start": 0, "part-way": 8} {
+		t.Run(name, func(t *testing.T) {
+			n, r, p := setup(t, harness.Options{})
+			im, ref := push(t, r, p.Host(), "eight", small(32, 24<<20))
+			big := im.Layers[2]
+			p.SetRule(func(r *http.Request) *harness.Fault {
+				slow := &harness.Fault{BytesPerSecond: 16 << 20}
+				switch {
+				case !fromGantry(r) || !isBlob(r):
+					return slow
+				case share == 0 || p.BlobBytes()[big.Digest][harness.Gantry] > big.Size/share:
+					return &harness.Fault{Status: http.StatusForbidden}
+				}
+				slow.CutAfter = 512 << 10
+				return slow
+			})
+			g, ctx := errgroup.WithContext(t.Context())
+			for i := range 8 {
+				g.Go(func() error { return n.PullClient(ctx, fmt.Sprintf("ns%d", i), ref) })
+			}
+			if err := g.Wait(); err != nil {
+				t.Fatal(err)
+			}
+			for i, l := range im.Layers {
+				got := p.BlobBytes()[l.Digest]["containerd"]
+				t.Logf("layer %d: %d bytes, the clients got %d", i, l.Size, got)
+				if share == 0 && got != l.Size || got > l.Size {
+					t.Errorf("layer %d: the clients got %d bytes together, want %d once", i, got, l.Size)
+				}
+			}
+			if got := p.BlobBytes()[big.Digest]["containerd"]; share > 0 && (got == 0 || got == big.Size) {
+				t.Errorf("the clients got %d bytes of %d, want what gantry did not have", got, big.Size)
+			}
+			for i := range 8 {
+				namespace := fmt.Sprintf("ns%d", i)
+				checkImage(t, n, namespace, ref)
+				mustRun(t, n, namespace, ref, "32", "/helper", "cat", "/etc/seed")
+			}
 		})
 	}
 }

@@ -40,6 +40,11 @@ func occupy(c *config.Config) (*place, error) {
 			return nil, fmt.Errorf("make gantryd's folders: %w", err)
 		}
 	}
+	for _, root := range []string{c.Root, c.Content.Root, c.Transfer.Root} {
+		if err := durablyNamed(root); err != nil {
+			return nil, fmt.Errorf("make gantryd's folders durable: %w", err)
+		}
+	}
 	p := &place{}
 	for _, folder := range slices.Compact([]string{c.Root, c.Content.Root}) {
 		if err := p.lock(folder); err != nil {

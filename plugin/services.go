@@ -153,7 +153,11 @@ func initContent(ic *cplugin.InitContext) (any, error) {
 	if err != nil {
 		return nil, err
 	}
-	store, err := content.NewStore(configOf(ic).Content.Root, content.Options{Fetcher: puller, Observer: puller})
+	c := configOf(ic)
+	store, err := content.NewStore(c.Content.Root, content.Options{
+		Fetcher: puller, Observer: puller,
+		Isolated: c.Containerd.ContentSharingPolicy == config.PolicyIsolated, GiveUp: c.Transfer.GiveUp,
+	})
 	if err != nil {
 		return nil, err
 	}

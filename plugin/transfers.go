@@ -35,10 +35,11 @@ func openTransfers(c *config.Config) (*transfers, error) {
 	t := &transfers{
 		root: c.Transfer.Root,
 		options: transfer.Options{
-			ChunkSize:          c.Transfer.ChunkSize,
-			ConnectionsPerHost: c.Transfer.ConnectionsPerHost,
-			GiveUp:             c.Transfer.GiveUp,
-			KeepPartial:        c.Transfer.KeepPartial,
+			ChunkSize: c.Transfer.ChunkSize,
+			// One for all, also where namespaces share no content.
+			Hosts:       transfer.NewHosts(transfer.HostLimits{PerHost: c.Transfer.ConnectionsPerHost, Total: c.Transfer.Connections}),
+			GiveUp:      c.Transfer.GiveUp,
+			KeepPartial: c.Transfer.KeepPartial,
 		},
 		isolated: c.Containerd.ContentSharingPolicy == config.PolicyIsolated,
 		managers: make(map[string]*transfer.Manager),

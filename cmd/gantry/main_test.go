@@ -116,8 +116,9 @@ func TestStatus(t *testing.T) {
 	busy := &status.Report{
 		Version: "v1.2.3", PID: 42, Started: now.Add(-time.Minute), Root: "/r", Mount: status.Mount{Mode: "file", Reason: "Linux 6.18"},
 		Transfers: []status.Transfer{
-			{Digest: blob, Size: 200 << 20, Frontier: 50 << 20, Received: 60 << 20, Rate: 10 << 20, Phase: "fetching", Hosts: []string{"a:5000", "b"}, Waiters: 3},
+			{Digest: blob, Size: 200 << 20, Frontier: 50 << 20, Received: 60 << 20, Rate: 10 << 20, Phase: "fetching", Hosts: []string{"a:5000", "b"}, Connections: 11, Waiters: 3},
 			{Digest: layer, Size: 0, Phase: "failed", Error: "first\nsecond"},
+			{Digest: layer, Size: 4 << 20, Frontier: 1 << 20, Received: 3 << 20, Phase: "kept", Started: now.Add(-2 * time.Hour)},
 		},
 		Unpacks: []status.Unpack{{Digest: blob, Size: 200 << 20, Read: 100 << 20, Written: 300 << 20, Rate: 20 << 20, Phase: "unpacking"}},
 		Recent:  []status.Layer{{Namespace: "k8s.io", Image: "reg/app:1", Digest: layer, Size: 1000, Written: 2048, Seconds: status.Seconds{Total: 1.5, Download: 1.25}}},
@@ -133,8 +134,9 @@ func TestStatus(t *testing.T) {
 		"idle":   {idle, []string{"gantryd v1.2.3, pid 42, up ", "mount mode directory\n", "nothing is under way\n"}, "LAYERS"},
 		"busy": {busy, []string{
 			"up 1m", "root /r", "mount mode file: Linux 6.18\n",
-			"fetching  25%   60.0 MiB  200.0 MiB  10.0 MiB/s  3      a:5000,b",
-			"failed    -     0 B       0 B        -           0      -  first; second",
+			"fetching  25%   60.0 MiB  200.0 MiB  10.0 MiB/s  11     3      a:5000,b",
+			"failed    -     0 B       0 B        -           0      0      -  first; second",
+			"kept      25%   3.0 MiB   4.0 MiB    -           0      0      written 2h0m",
 			"unpacking  50%   100.0 MiB  200.0 MiB  300.0 MiB  20.0 MiB/s",
 			"1000 B  2.0 KiB   1.50s  0.00s   0.00s  1.25s", "k8s.io     reg/app:1",
 		}, "nothing is under way"},

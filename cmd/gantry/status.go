@@ -32,8 +32,10 @@ var statusCommand = command{
 
 Asks gantryd, at the address in FILE, what it is doing:
   TRANSFERS  blobs on their way from a registry, and those that ended a moment ago. DONE: without a gap from the
-             start. RECEIVED: in any order. USERS: how many hold the transfer: clients, the unpack, and the pull
-             of the image as a whole. After the hosts: the last error, also of a try that is repeated.
+             start. RECEIVED: in any order. CONNS: requests under way. USERS: how many hold the transfer: clients, the
+             unpack, and the pull of the image as a whole. After the hosts: the last error, also of a try that is repeated.
+             PHASE lock: another process fetches the blob and is followed. kept: what an earlier process left; the
+             next pull goes on from there, and it is removed when it was not written for transfer.keep_partial.
   UNPACKS    layers being decompressed and written, while their blob arrives
   LAYERS     layers that ended last, well or with an error, and the seconds they spent where. The parts overlap.
              A layer that was on disk already is not unpacked again and is missing here.
@@ -102,10 +104,10 @@ func printReport(w io.Writer, r *status.Report, now time.Time) error {
 	}
 	if len(r.Transfers) > 0 {
 		line("")
-		line("TRANSFERS", "PHASE", "DONE", "RECEIVED", "SIZE", "RATE", "USERS", "HOSTS")
+		line("TRANSFERS", "PHASE", "DONE", "RECEIVED", "SIZE", "RATE", "CONNS", "USERS", "HOSTS")
 		for _, x := range r.Transfers {
 			line(short(string(x.Digest)), x.Phase, percent(x.Frontier, x.Size), amount(x.Received), amount(x.Size), rate(x.Rate),
-				strconv.Itoa(x.Waiters), dash(strings.Join(x.Hosts, ","))+suffix(x.Error))
+				strconv.Itoa(x.Connections), strconv.Itoa(x.Waiters), dash(hosts(x, now))+suffix(x.Error))
 		}
 	}
 	if len(r.Unpacks) > 0 {
@@ -117,6 +119,14 @@ func printReport(w io.Writer, r *status.Report, now time.Time) error {
 	}
 	printLayers(line, r.Recent)
 	return t.Flush()
+}
+
+// hosts says where a transfer's bytes come from or, when nobody asks for them, how old they are.
+func hosts(x status.Transfer, now time.Time) string {
+	if x.Phase == "kept" {
+		return "written " + now.Sub(x.Started).Round(time.Second).String() + " ago"
+	}
+	return strings.Join(x.Hosts, ",")
 }
 
 // printLayers prints the layers that ended. Their namespace is known only where

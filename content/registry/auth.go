@@ -107,12 +107,13 @@ func (a *auth) lock(ctx context.Context) error {
 
 func (a *auth) unlock() { <-a.turn }
 
-// tokenContext is for what the authorizer may request.
-func (a *auth) tokenContext(ctx context.Context) (context.Context, context.CancelFunc) {
+// tokenContext is for what the authorizer may request, one at a time.
+func (a *auth) tokenContext(ctx context.Context) (context.Context, *policy, context.CancelFunc) {
 	p := *a.ep.policy
 	p.token = true
 	ctx = docker.ContextWithAppendPullRepositoryScope(withPolicy(ctx, &p), a.repository)
-	return context.WithTimeout(ctx, a.ep.opts.TokenTimeout)
+	ctx, cancel := context.WithTimeout(ctx, a.ep.opts.TokenTimeout)
+	return ctx, &p, cancel
 }
 
 // authorize adds to req what the host has asked for so far, which may take a
@@ -122,12 +123,12 @@ func (a *auth) authorize(ctx context.Context, req *http.Request) (gen int, err e
 		return 0, err
 	}
 	defer a.unlock()
-	tctx, cancel := a.tokenContext(ctx)
+	tctx, p, cancel := a.tokenContext(ctx)
 	defer cancel()
 	gen = a.gen
 	if err := a.cur.Authorize(tctx, req); err != nil {
 		a.renew(nil)
-		return gen, a.explain(ctx, err)
+		return gen, a.explain(ctx, p, err)
 	}
 	return gen, nil
 }
@@ -143,11 +144,11 @@ func (a *auth) challenge(ctx context.Context, gen int, resp *http.Response) erro
 	if a.gen != gen {
 		return nil
 	}
-	tctx, cancel := a.tokenContext(ctx)
+	tctx, p, cancel := a.tokenContext(ctx)
 	defer cancel()
 	a.renew(a.credentials(tctx))
 	if err := a.cur.AddResponses(tctx, []*http.Response{resp}); err != nil {
-		return a.explain(ctx, err)
+		return a.explain(ctx, p, err)
 	}
 	return nil
 }
@@ -155,7 +156,7 @@ func (a *auth) challenge(ctx context.Context, gen int, resp *http.Response) erro
 // explain classifies an error of the authorizer. A token server's status says
 // as much as the registry's would; everything else that is no failure of the
 // network means that nobody was let in.
-func (a *auth) explain(ctx context.Context, err error) error {
+func (a *auth) explain(ctx context.Context, p *policy, err error) error {
 	if ctx.Err() != nil {
 		return context.Cause(ctx)
 	}
@@ -169,7 +170,11 @@ func (a *auth) explain(ctx context.Context, err error) error {
 		if status.StatusCode != http.StatusForbidden && !errors.Is(kind, errdefs.ErrUnavailable) {
 			kind = errdefs.ErrUnauthenticated
 		}
-		return fmt.Errorf("token server answers %s%s: %w", clean(status.Status), detail(status.Body), kind)
+		err := fmt.Errorf("token server answers %s%s: %w", clean(status.Status), detail(status.Body), kind)
+		if p.after > 0 && errors.Is(kind, errdefs.ErrUnavailable) {
+			return &retryError{err, p.after}
+		}
+		return err
 	case errors.Is(err, context.DeadlineExceeded):
 		return fmt.Errorf("no token within %s: %w", a.ep.opts.TokenTimeout, errdefs.ErrUnavailable)
 	}

@@ -5,7 +5,9 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -164,7 +166,7 @@ func TestCredentialHelpers(t *testing.T) { //nolint:paralleltest // sets PATH
 		"fails":  `echo '{"Secret": "` + topSecret + `"'; echo ` + topSecret + ` >&2; exit 3`,
 		"talks":  `echo hello ` + topSecret,
 		"floods": `while echo ` + strings.Repeat("x", 1000) + `; do :; done`,
-		"agent":  `echo '{"Username": "helped", "Secret": "s"}'; sleep 3 &`,
+		"agent":  `echo '{"Username": "helped", "Secret": "s"}'; sleep 15 & echo $! >` + "$0.pid",
 		"home":   `echo "{\"Username\": \"$HOME\", \"Secret\": \"s\"}"`,
 	})
 	t.Setenv("HOME", "")
@@ -199,6 +201,11 @@ func TestCredentialHelpers(t *testing.T) { //nolint:paralleltest // sets PATH
 	if user, _, err := creds("home.example"); user == "" || err != nil {
 		t.Errorf("a helper has no HOME: %v", err)
 	}
+	if agent := pidIn(t, filepath.Join(dir, "docker-credential-agent.pid")); !runs(agent) {
+		t.Error("what a helper leaves running was killed")
+	} else if err := syscall.Kill(agent, syscall.SIGKILL); err != nil {
+		t.Error(err)
+	}
 	asked, err := os.ReadFile(filepath.Join(dir, "good.asked"))
 	if got := string(asked); err != nil || !strings.Contains(got, "get "+hubKey+"\n") || !strings.Contains(got, "get good.example:5000\n") {
 		t.Errorf("asked %q, %v", asked, err)
@@ -208,8 +215,8 @@ func TestCredentialHelpers(t *testing.T) { //nolint:paralleltest // sets PATH
 // TestHelperThatHangs ends with its children, and is not waited for twice.
 func TestHelperThatHangs(t *testing.T) { //nolint:paralleltest // sets PATH
 	dir := helpers(t, map[string]string{
-		"hangs": `sleep 1000; echo`, // the shell waits, its child holds the pipe
-		"deaf":  `trap '' TERM; setsid sleep 5 & sleep 1000`,
+		"hangs": `sleep 100 & echo $! >$0.pid; wait`, // the shell waits, its child holds the pipe
+		"deaf":  `trap '' TERM; setsid sleep 5 & sleep 100 & echo $! >$0.pid; wait`,
 	})
 	for _, name := range []string{"hangs", "deaf"} {
 		creds := newKeychain(dockerConfig(t, `{"credsStore": "`+name+`"}`), 100*time.Millisecond).credentials
@@ -220,7 +227,34 @@ func TestHelperThatHangs(t *testing.T) { //nolint:paralleltest // sets PATH
 		if asked, err := os.ReadFile(filepath.Join(dir, name+".asked")); err != nil || strings.Count(string(asked), "\n") != 1 {
 			t.Errorf("%s was asked %q, %v; want once", name, asked, err)
 		}
+		child := pidIn(t, filepath.Join(dir, "docker-credential-"+name+".pid"))
+		for i := 0; runs(child); i++ {
+			if i == 500 {
+				t.Errorf("%s left process %d behind", name, child)
+				_ = syscall.Kill(child, syscall.SIGKILL)
+			}
+			time.Sleep(time.Millisecond)
+		}
 	}
+}
+
+func pidIn(t *testing.T, file string) int {
+	t.Helper()
+	data, err := os.ReadFile(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	pid, err := strconv.Atoi(strings.TrimSpace(string(data)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return pid
+}
+
+// runs says whether a process is there and no zombie.
+func runs(pid int) bool {
+	stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+	return err == nil && !strings.Contains(string(stat), ") Z ")
 }
 
 func FuzzDockerConfig(f *testing.F) {

@@ -8,6 +8,7 @@ import (
 	"net/http"
 	"net/url"
 	"slices"
+	"time"
 
 	"github.com/containerd/containerd/v2/core/remotes/docker"
 )
@@ -20,6 +21,8 @@ type policy struct {
 	plain  bool        // http is allowed
 	header http.Header // of hosts.toml: for the own host only
 	token  bool        // a request to a token server
+
+	after time.Duration // out: when the token server, which refused, wants to be asked again
 }
 
 // near says whether a token server is on the machine that may be asked over
@@ -80,6 +83,10 @@ func (g guard) RoundTrip(req *http.Request) (*http.Response, error) {
 	}
 	resp, err := g.Transport.RoundTrip(req)
 	if err == nil && p.token {
+		p.after = 0
+		if resp.StatusCode > 299 {
+			p.after = parseRetryAfter(resp.Header.Get("Retry-After"), time.Now())
+		}
 		resp.Body = struct {
 			io.Reader
 			io.Closer

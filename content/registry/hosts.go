@@ -6,12 +6,15 @@ import (
 	"fmt"
 	"net"
 	"net/http"
+	"runtime"
 	"sync"
 	"time"
+	"weak"
 
 	"github.com/containerd/containerd/v2/core/remotes/docker"
 	"github.com/containerd/containerd/v2/core/remotes/docker/config"
 	"github.com/containerd/errdefs"
+	digest "github.com/opencontainers/go-digest"
 )
 
 const (
@@ -65,8 +68,12 @@ func loadHostSet(ctx context.Context, host, dir string, o Options) (*hostSet, er
 			ep.capabilities |= rh.Capabilities
 			continue
 		}
-		seen[place] = newEndpoint(host, rh, o)
-		set.endpoints = append(set.endpoints, seen[place])
+		ep := newEndpoint(host, rh, o)
+		if last := hosts[len(hosts)-1]; ep.proxies == "" || place == last.Scheme+"://"+last.Host+last.Path {
+			ep.tier = 1 // containerd puts the server itself last
+		}
+		seen[place] = ep
+		set.endpoints = append(set.endpoints, ep)
 	}
 	return set, nil
 }
@@ -122,14 +129,23 @@ type endpoint struct {
 	name               string // for logs and errors
 	scheme, host, path string
 	proxies            string // the host it stands for, if it is a mirror
+	tier               int    // 0 for a mirror, 1 for the server itself
 	capabilities       docker.HostCapabilities
 	header             http.Header
 	transport          http.RoundTripper
 	policy             *policy
 	opts               Options
 
-	mu   sync.Mutex
-	auth map[string]*auth // by repository
+	mu      sync.Mutex
+	auth    map[string]*auth // by repository
+	sources map[blobKey]weak.Pointer[Source]
+}
+
+// blobKey names a blob on an endpoint.
+type blobKey struct {
+	repository string
+	digest     digest.Digest
+	size       int64
 }
 
 func newEndpoint(asked string, rh docker.RegistryHost, o Options) *endpoint {
@@ -151,6 +167,7 @@ func newEndpoint(asked string, rh docker.RegistryHost, o Options) *endpoint {
 		policy:       &policy{host: rh.Host, plain: mayBePlain(rh, !guarded), header: header},
 		opts:         o,
 		auth:         map[string]*auth{},
+		sources:      map[blobKey]weak.Pointer[Source]{},
 	}
 	if rh.Path != "/v2" {
 		ep.name += rh.Path // one machine may stand for several registries
@@ -159,6 +176,33 @@ func newEndpoint(asked string, rh docker.RegistryHost, o Options) *endpoint {
 		ep.proxies = asked
 	}
 	return ep
+}
+
+// source returns the one Source of a blob, which exists as long as somebody has
+// it: all who fetch the blob share the place that the host points to.
+func (ep *endpoint) source(key blobKey) (*Source, error) {
+	a := ep.authFor(key.repository)
+	ep.mu.Lock()
+	defer ep.mu.Unlock()
+	if s := ep.sources[key].Value(); s != nil {
+		return s, nil
+	}
+	s, err := newSource(ep, a, key)
+	if err != nil {
+		return nil, err
+	}
+	ep.sources[key] = weak.Make(s)
+	runtime.AddCleanup(s, ep.dropSource, key)
+	return s, nil
+}
+
+// dropSource is called when the last one who had a Source is gone.
+func (ep *endpoint) dropSource(key blobKey) {
+	ep.mu.Lock()
+	defer ep.mu.Unlock()
+	if ep.sources[key].Value() == nil { // else there is a new one
+		delete(ep.sources, key)
+	}
 }
 
 // authFor returns the tokens of a repository. Each has its own: an authorizer

@@ -301,6 +301,70 @@ func TestClientCertificate(t *testing.T) {
 	}
 }
 
+// TestMirrorsOverTLS goes through two mirrors, of which one wants a client
+// certificate, past a host that takes no pulls, to the server.
+func TestMirrorsOverTLS(t *testing.T) {
+	t.Parallel()
+	asking := func(a tls.ClientAuthType) *host {
+		return newHost(t, serve, func(s *httptest.Server) {
+			s.TLS = &tls.Config{ClientAuth: a, MinVersion: tls.VersionTLS12}
+			s.StartTLS()
+		})
+	}
+	strict, second, origin := asking(tls.RequireAnyClientCert), asking(tls.RequestClientCert), asking(tls.RequestClientCert)
+	pushes := startTLS(t, serve)
+	root := certs(t, "images.example", fmt.Sprintf(`
+server = %[1]q
+ca = "ca.pem"
+[host.%[2]q]
+  capabilities = ["push"]
+  skip_verify = true
+[host.%[3]q]
+  capabilities = ["pull"]
+  ca = "ca.pem"
+  client = [["c.pem", "k.pem"]]
+  override_path = true
+  [host.%[3]q.header]
+    x-key = ["a", "b"]
+[host.%[4]q]
+  capabilities = ["pull", "resolve"]
+  ca = ["ca.pem"]
+  dial_timeout = "3s"
+`, origin.URL, pushes.URL, strict.URL+"/api", second.URL))
+	dir := filepath.Join(root, "images.example")
+	pair := strict.TLS.Certificates[0]
+	der, err := x509.MarshalPKCS8PrivateKey(pair.PrivateKey)
+	if err != nil {
+		t.Fatal(err)
+	}
+	cert := string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: pair.Certificate[0]}))
+	write(t, filepath.Join(dir, "ca.pem"), cert) // httptest's servers all have the same
+	write(t, filepath.Join(dir, "c.pem"), cert)
+	write(t, filepath.Join(dir, "k.pem"), string(pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: der})))
+	s := sources(t, newRegistry(t, Options{ConfigPath: root}), "images.example")
+	var tiers []int
+	for _, x := range s {
+		parallel(t, x)
+		mustFetch(t, x, 50, 100)
+		tiers = append(tiers, x.Tier())
+	}
+	if !slices.Equal(tiers, []int{0, 0, 1}) || s[0].Host() != strict.addr()+"/api" || s[1].Host() != second.addr() || s[2].Host() != origin.addr() {
+		t.Errorf("tiers %v of %v", tiers, hostsOf(s))
+	}
+	q := strict.requests()[0]
+	if len(q.TLS.PeerCertificates) != 1 || !slices.Equal(q.Header.Values("X-Key"), []string{"a", "b"}) || !strings.HasPrefix(q.URL.Path, "/api/"+repo+"/blobs/") {
+		t.Errorf("asked %s with %v", q.URL, q.Header)
+	}
+	for _, h := range []*host{second, origin} {
+		if q := h.requests()[0]; len(q.TLS.PeerCertificates) != 0 || q.Header.Get("X-Key") != "" {
+			t.Errorf("%s was shown what is another's: %v", q.Host, q.Header)
+		}
+	}
+	if len(pushes.requests()) != 0 {
+		t.Error("a host without the capability was asked")
+	}
+}
+
 // TestMirrorAndOverride fetches through real servers, in order.
 func TestMirrorAndOverride(t *testing.T) {
 	t.Parallel()
@@ -310,6 +374,9 @@ func TestMirrorAndOverride(t *testing.T) {
 	s := sources(t, newRegistry(t, Options{ConfigPath: root, DialTimeout: time.Second}), "images.example")
 	if len(s) != 2 || s[0].Host() != mirror.addr()+"/own/api" || s[1].Host() != origin.addr() {
 		t.Fatalf("sources %v", hostsOf(s))
+	}
+	if s[0].Tier() != 0 || s[1].Tier() != 1 {
+		t.Errorf("tiers %d and %d, want the mirror before the server", s[0].Tier(), s[1].Tier())
 	}
 	for _, x := range s {
 		mustFetch(t, x, 50, 100)

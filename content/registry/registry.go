@@ -122,7 +122,8 @@ func (r *Registry) Close() error {
 }
 
 // Sources returns the places of a blob in the order in which hosts.toml wants
-// them tried, the host itself last. It makes no connection.
+// them tried, the host itself last. It makes no connection. A blob that
+// somebody has the sources of already gets the same ones, to compare with ==.
 //
 // A host or repository that is no valid name, a digest that is none, and a
 // negative size are errdefs.ErrInvalidArgument; hosts files that cannot be used
@@ -144,7 +145,7 @@ func (r *Registry) Sources(ctx context.Context, host, repository string, d diges
 	}
 	var sources []*Source
 	for _, ep := range set.endpoints {
-		s, err := newSource(ep, ep.authFor(repository), repository, d, size)
+		s, err := ep.source(blobKey{repository, d, size})
 		if err != nil {
 			return nil, err
 		}

@@ -102,7 +102,7 @@ type following struct{ ep *endpoint }
 
 // RoundTrip implements http.RoundTripper.
 func (f following) RoundTrip(req *http.Request) (*http.Response, error) {
-	at := &place{url: req.URL, own: req.URL.Host == f.ep.host}
+	at := &place{url: req.URL, own: true}
 	for range maxHops + 1 {
 		r, err := f.send(req, at)
 		if err != nil {

@@ -20,6 +20,9 @@ import (
 const (
 	// maxHops bounds a chain of redirects.
 	maxHops = 5
+	// maxPlaces bounds how many remembered places one request tries. Others renew
+	// them meanwhile; where none lasts, the host is asked.
+	maxPlaces = 5
 	// maxLogins bounds how often one request is asked to prove who it is: a
 	// stale token, and the race with another request's new one.
 	maxLogins = 2
@@ -57,16 +60,20 @@ type place struct {
 	own bool
 }
 
-func newSource(ep *endpoint, a *auth, repository string, d digest.Digest, size int64) (*Source, error) {
-	u := blobURL(ep, repository, d)
+func newSource(ep *endpoint, a *auth, b blobKey) (*Source, error) {
+	u := blobURL(ep, b.repository, b.digest)
 	if _, err := url.Parse(u.String()); err != nil {
-		return nil, fmt.Errorf("blob %s: address at %s: %w: %w", d, ep.name, errdefs.ErrFailedPrecondition, err)
+		return nil, fmt.Errorf("blob %s: address at %s: %w: %w", b.digest, ep.name, errdefs.ErrFailedPrecondition, err)
 	}
-	return &Source{ep: ep, auth: a, url: u, digest: d, size: size, turn: make(chan struct{}, 1)}, nil
+	return &Source{ep: ep, auth: a, url: u, digest: b.digest, size: b.size, turn: make(chan struct{}, 1)}, nil
 }
 
 // Host names the host, and its path where that is not the usual one.
 func (s *Source) Host() string { return s.ep.name }
+
+// Tier is 0 for a mirror and 1 for the server that the mirrors stand for, which
+// is wanted when they fail.
+func (s *Source) Tier() int { return s.ep.tier }
 
 // Open requests n bytes from off, with one request unless the host asks for a
 // login or points elsewhere. ctx governs the body too, until it is closed. The
@@ -106,7 +113,7 @@ func (s *Source) wrap(err error) error {
 
 // request goes to the remembered place, or asks the host for it.
 func (s *Source) request(ctx context.Context, asked span) (*reply, error) {
-	for range 2 {
+	for range maxPlaces {
 		p, release, err := s.route(ctx)
 		if err != nil {
 			return nil, err

@@ -249,13 +249,13 @@ func TestStalls(t *testing.T) {
 func TestSlowReaderIsNoStall(t *testing.T) {
 	t.Parallel()
 	h := start(t, serve)
-	s := only(t, newRegistry(t, Options{StallTimeout: 50 * time.Millisecond}), h.addr())
+	s := only(t, newRegistry(t, Options{StallTimeout: 500 * time.Millisecond}), h.addr())
 	b, err := s.Open(t.Context(), 0, 100_000)
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer func() { _ = b.Close() }()
-	time.Sleep(200 * time.Millisecond)
+	time.Sleep(700 * time.Millisecond)
 	if got, err := io.ReadAll(b); err != nil || !bytes.Equal(got, blob[:100_000]) {
 		t.Errorf("%d bytes, %v", len(got), err)
 	}

@@ -2,6 +2,7 @@ package transfer
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io/fs"
 	"os"
@@ -32,8 +33,22 @@ func (h *Handle) CloneTo(ctx context.Context, f *os.File, off int64) (int64, err
 	if j.currentGeneration() != generation {
 		return 0, fmt.Errorf("blob %s: %w", j.blob.Digest, ErrRestarted)
 	}
+	if errors.Is(err, os.ErrClosed) && h.moved(data) { // the same bytes are in another folder now
+		m, err := h.CloneTo(ctx, f, off+n)
+		if errors.Is(err, ErrRestarted) {
+			return 0, err
+		}
+		return n + m, err
+	}
 	if err != nil && ctx.Err() == nil {
 		return n, fmt.Errorf("blob %s: %w", j.blob.Digest, err)
 	}
 	return n, err
+}
+
+// moved reports whether the bytes are read from another file than before.
+func (h *Handle) moved(data *os.File) bool {
+	h.job.mu.Lock()
+	defer h.job.mu.Unlock()
+	return !h.closed && h.job.folder.data != data
 }

@@ -54,9 +54,13 @@ func folderDigest(name string) string {
 	return encoded
 }
 
-// openFolder opens what an earlier transfer left, or makes an empty folder.
-func openFolder(path string, b Blob) (*folder, error) {
+// openFolder opens what an earlier transfer left, or makes an empty folder. finished: only a finished one will do, and
+// the error is errNeedsLock if it is none.
+func openFolder(path string, b Blob, finished bool) (*folder, error) {
 	f := &folder{path: path, blob: b}
+	if finished {
+		return f, f.reopenFinished()
+	}
 	if err := os.MkdirAll(path, 0o700); err != nil {
 		return nil, err
 	}
@@ -71,6 +75,17 @@ func openFolder(path string, b Blob) (*folder, error) {
 	return f, nil
 }
 
+func (f *folder) reopenFinished() error {
+	err := f.reopen()
+	switch {
+	case errors.Is(err, fs.ErrNotExist), errors.Is(err, errStateHeader):
+		return errNeedsLock
+	case err == nil && !f.sealed:
+		return errors.Join(errNeedsLock, f.closeState(), f.data.Close())
+	}
+	return err
+}
+
 func (f *folder) reopen() (err error) {
 	state, log, err := openState(filepath.Join(f.path, stateName))
 	if err != nil {
@@ -81,7 +96,7 @@ func (f *folder) reopen() (err error) {
 			err = errors.Join(err, state.Close())
 		}
 	}()
-	if log.size != f.blob.Size || hex.EncodeToString(log.sum[:]) != f.blob.Digest.Encoded() {
+	if log.blob() != f.blob {
 		return errStateHeader
 	}
 	path := filepath.Join(f.path, dataName)
@@ -134,7 +149,10 @@ func (f *folder) reset() error {
 		return errors.Join(err, data.Close())
 	}
 	f.data, f.state, f.sealed = data, state, false
-	f.log = &stateLog{}
+	f.log = &stateLog{
+		stateHeader: stateHeader{size: f.blob.Size, sum: [32]byte(sum), generation: state.generation},
+		blocks:      map[uint32]record{},
+	}
 	return nil
 }
 
@@ -151,6 +169,40 @@ func (f *folder) closeState() error {
 	err := f.state.Close()
 	f.state = nil
 	return err
+}
+
+// openLog opens the state file once more, to read it: it says what was here when the folder is long reset.
+func (f *folder) openLog() (*os.File, error) { return os.Open(filepath.Join(f.path, stateName)) }
+
+// unrecord has the state file forget blocks, by block number. It is replaced in one step: a crash leaves the old one or
+// the new one, and with the new one a resume trusts nothing that was forgotten.
+func (f *folder) unrecord(gone []bool) (err error) {
+	path := filepath.Join(f.path, stateName)
+	log, err := peekState(path)
+	if err != nil {
+		return err
+	}
+	state, err := createState(path+".new", log.size, log.sum)
+	if err != nil {
+		return err
+	}
+	f.log = log
+	for _, r := range f.recorded() {
+		if gone[r.block] {
+			delete(log.blocks, r.block)
+			continue
+		}
+		if err := state.append(kindBlock, r); err != nil {
+			return errors.Join(err, state.Close())
+		}
+	}
+	// Without the fsync a power cut could leave an empty file of that name.
+	if err := errors.Join(state.f.Sync(), os.Rename(path+".new", path), f.data.Chmod(0o600)); err != nil {
+		return errors.Join(err, state.Close())
+	}
+	old := f.state
+	f.state = state
+	return old.Close()
 }
 
 // record notes that the first n bytes of the block that holds last are there.

@@ -2,6 +2,7 @@ package transfer
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"errors"
 	"io"
@@ -16,11 +17,18 @@ import (
 	"go.uber.org/goleak"
 )
 
-func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+func TestMain(m *testing.M) {
+	if root := os.Getenv(childRoot); root != "" {
+		runChild(root)
+		return
+	}
+	goleak.VerifyTestMain(m)
+}
 
 // fakeSource serves a blob from memory and counts what it sends. reply, if set, decides about each request.
 type fakeSource struct {
 	host  string
+	tier  int
 	data  []byte
 	reply func(ctx context.Context, call int, off, n int64) (fakeReply, error)
 
@@ -41,10 +49,13 @@ type fakeReply struct {
 	err     error         // with this error instead of io.EOF
 	stall   bool          // hang instead of ending
 	flip    bool          // one wrong byte
-	latency time.Duration // before each 64 KiB
+	latency time.Duration // before each piece
+	piece   int           // bytes at once, default 64 KiB
 }
 
 func (s *fakeSource) Host() string { return s.host }
+
+func (s *fakeSource) Tier() int { return s.tier }
 
 func (s *fakeSource) Open(ctx context.Context, off, n int64) (Body, error) {
 	s.mu.Lock()
@@ -123,7 +134,7 @@ func (b *fakeBody) Read(p []byte) (int, error) {
 			return 0, err
 		}
 	}
-	n := copy(p[:min(len(p), 64<<10)], b.rest)
+	n := copy(p[:min(len(p), cmp.Or(b.reply.piece, 64<<10))], b.rest)
 	b.rest = b.rest[n:]
 	b.src.mu.Lock()
 	b.src.sent += int64(n)

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"hash/crc32"
 	"io"
+	"sync"
 	"time"
 
 	"github.com/containerd/errdefs"
@@ -15,11 +16,20 @@ import (
 // errNoSource: nobody is left to ask.
 var errNoSource = errors.New("no host serves the blob")
 
-// errAllThere frees workers that still queue for a connection or read what nobody needs.
+// errAllThere ends waiting for a connection and reading what nobody needs.
 var errAllThere = errors.New("nothing is missing any more")
 
-// errStalled ends a connection that brings nothing.
-var errStalled = fmt.Errorf("connection brought nothing for too long: %w", errdefs.ErrUnavailable)
+// Why a connection is ended before its time.
+var (
+	errStalled   = fmt.Errorf("connection brought nothing for too long: %w", errdefs.ErrUnavailable)
+	errTrickles  = fmt.Errorf("connection brought next to nothing for too long: %w", errdefs.ErrUnavailable)
+	errOvertaken = fmt.Errorf("connection stood still while others were fast: %w", errdefs.ErrUnavailable)
+)
+
+// isOurs says whether it was this side that lost patience.
+func isOurs(err error) bool {
+	return errors.Is(err, errStalled) || errors.Is(err, errTrickles) || errors.Is(err, errOvertaken)
+}
 
 // receive fetches all that is missing. It returns early when no progress is made.
 func (j *job) receive(ctx context.Context, recorded []*check) error {
@@ -42,17 +52,17 @@ func (j *job) receive(ctx context.Context, recorded []*check) error {
 		enough(errAllThere)
 		return err
 	})
-	for range j.workers() {
-		g.Go(func() error {
-			if err := j.worker(wctx); !errors.Is(err, errAllThere) {
-				return err
-			}
-			return nil
-		})
-	}
+	g.Go(func() error { return unlessAllThere(j.dispatch(wctx, g)) })
 	err := g.Wait()
 	stop(err)
 	<-watched
+	return err
+}
+
+func unlessAllThere(err error) error {
+	if errors.Is(err, errAllThere) {
+		return nil
+	}
 	return err
 }
 
@@ -79,50 +89,50 @@ type localError struct{ err error }
 func (e *localError) Error() string { return e.err.Error() }
 func (e *localError) Unwrap() error { return e.err }
 
+// buffers hold a block for each connection under way.
+var buffers = sync.Pool{New: func() any { return new([blockSize]byte) }}
+
 // exchange sends one request and stores the reply. got counts bytes that were missing before.
-func (j *job) exchange(ctx context.Context, src *source, s *span, buf []byte) (got int64, err error) {
+func (j *job) exchange(ctx context.Context, c *conn) (got int64, err error) {
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
-	timer := time.AfterFunc(j.patience(src), func() { cancel(errStalled) })
+	j.mu.Lock()
+	c.cancel = cancel
+	off, n := c.span.off, c.span.end-c.span.off
+	_, live := j.ledger.live[c.span]
+	j.mu.Unlock()
+	if !live {
+		return 0, nil // one plain stream brings it
+	}
+	timer := time.AfterFunc(j.patience(c.src), func() { cancel(errStalled) })
 	defer timer.Stop()
 	defer func() {
-		if err != nil && errors.Is(context.Cause(ctx), errStalled) {
-			err = errStalled
+		for _, why := range []error{errStalled, errTrickles, errOvertaken} {
+			if err != nil && errors.Is(context.Cause(ctx), why) {
+				err = fmt.Errorf("%w, %d bytes in %s", why, got, time.Since(c.begun).Round(time.Millisecond))
+			}
 		}
 	}()
-	off, n := s.off, s.end-s.off
-	body, err := src.Open(ctx, off, n)
+	body, err := c.src.Open(ctx, off, n)
 	if err != nil {
 		return 0, err
 	}
 	defer func() { _ = body.Close() }()
-	in := &reader{job: j, host: src.host, body: body, timer: timer, patience: j.opts.Stall}
+	j.shared.hosts.answered(c.src.host.shared, time.Since(c.begun))
+	in := &reader{job: j, conn: c, body: body, timer: timer, patience: j.opts.Stall}
+	buf := buffers.Get().(*[blockSize]byte)
+	defer buffers.Put(buf)
 	switch {
 	case body.Off == off && body.N > 0 && body.N <= n:
-		j.learn(src.host, rangesYes, n < j.blob.Size)
-		begun := time.Now()
-		if got, err = j.store(in, s, min(s.end, off+body.N), buf); err == nil {
-			j.paced(src.host, got, time.Since(begun))
-		}
-		return got, err
+		j.learn(c.src.host, rangesYes, n < j.blob.Size)
+		return j.store(in, off+body.N, buf[:])
 	case body.Off == 0 && (body.N < 0 || body.N == j.blob.Size):
-		if !j.learn(src.host, rangesNo, n < j.blob.Size) {
+		if !j.learn(c.src.host, rangesNo, n < j.blob.Size) {
 			return 0, nil // another stream of this host is on its way
 		}
-		return j.plain(in, s, buf)
+		return j.plain(in, c.span, buf[:])
 	}
 	return 0, fmt.Errorf("asked for %d bytes from %d, the reply says %d from %d: %w", n, off, body.N, body.Off, errdefs.ErrFailedPrecondition)
-}
-
-// paced notes how fast a reply's body came.
-func (j *job) paced(h *host, n int64, took time.Duration) {
-	j.mu.Lock()
-	defer j.mu.Unlock()
-	pace := float64(n) / max(took, time.Millisecond).Seconds()
-	if h.pace > 0 {
-		pace = (h.pace + pace) / 2
-	}
-	h.pace = pace
 }
 
 // learn notes whether a host honours ranges; false if it does not and one stream of it runs already.
@@ -132,9 +142,19 @@ func (j *job) learn(h *host, r ranges, sure bool) bool {
 	if !sure || h.ranges == r {
 		return r != rangesNo || h.conns == 1
 	}
-	j.shared.learnRanges(h.name, r == rangesYes)
+	if h.ranges == rangesNo && h.conns > 1 {
+		return true // asked before the host changed its mind
+	}
+	j.shared.hosts.learnRanges(h.shared, r == rangesYes)
 	first := r == rangesYes || h.ranges != rangesNo
 	h.ranges = r
+	if r == rangesNo {
+		for c := range j.conns { // the stream brings what they asked for, too
+			if c.src.host == h && c.got == 0 {
+				j.ledger.release(c.span)
+			}
+		}
+	}
 	j.wake()
 	return first
 }
@@ -163,7 +183,7 @@ func (j *job) patience(src *source) time.Duration {
 // reader reads a body and notes that something moves.
 type reader struct {
 	job      *job
-	host     *host
+	conn     *conn
 	body     io.Reader
 	timer    *time.Timer
 	patience time.Duration
@@ -177,7 +197,7 @@ func (r *reader) fill(p []byte) (n int, err error) {
 		if m > 0 {
 			n += m
 			r.timer.Reset(r.patience)
-			r.job.arrive(r.host, int64(m))
+			r.job.arrive(r.conn, int64(m))
 		}
 	}
 	if n == len(p) {
@@ -187,9 +207,11 @@ func (r *reader) fill(p []byte) (n int, err error) {
 }
 
 // arrive counts bytes from the network.
-func (j *job) arrive(h *host, n int64) {
+func (j *job) arrive(c *conn, n int64) {
+	h := c.src.host
 	j.touch()
 	j.received.Add(n)
+	j.shared.hosts.arrived(h.shared, n)
 	j.mu.Lock()
 	defer j.mu.Unlock()
 	h.received += n
@@ -200,15 +222,26 @@ func (j *job) arrive(h *host, n int64) {
 	if j.phase == PhaseWaiting || j.phase == PhaseLock {
 		j.phase = PhaseFetching
 	}
+	j.clock(c, n)
 }
 
-// store writes the span up to end from a body that starts at the span's start.
-func (j *job) store(in *reader, s *span, end int64, buf []byte) (got int64, err error) {
-	for s.off < end {
-		want := min(blockEnd(s.off), end) - s.off
-		n, err := in.fill(buf[:want])
+// store writes the span of a connection, up to end and for as long as nobody else takes its tail over, from a body that
+// starts where the span does. What is there of a block is recorded at every step, because a kill costs what is not.
+func (j *job) store(in *reader, end int64, buf []byte) (got int64, err error) {
+	s := in.conn.span
+	for {
+		j.mu.Lock()
+		left := min(s.end, end, stepEnd(s.off)) - s.off
+		if _, live := j.ledger.live[s]; !live {
+			left = 0 // one plain stream brings it
+		}
+		j.mu.Unlock()
+		if left <= 0 {
+			return got, nil
+		}
+		n, err := in.fill(buf[:left])
 		if n > 0 {
-			if err := j.landed(in.host, s, buf[:n]); err != nil {
+			if err := j.landed(in.conn.src.host, s, buf[:n]); err != nil {
 				return got, err
 			}
 			got += int64(n)
@@ -217,19 +250,28 @@ func (j *job) store(in *reader, s *span, end int64, buf []byte) (got int64, err 
 			return got, unexpected(err)
 		}
 	}
-	return got, nil
 }
+
+// recordStep is what a kill may cost of each connection, beside what the kernel holds of it. Blocks are whole
+// multiples.
+const recordStep = 64 << 10
+
+func stepEnd(off int64) int64 { return off/recordStep*recordStep + recordStep }
 
 // plain stores what is missing from a body that holds the whole blob, whoever may have fetched parts of it.
 // The host's only request was for s, which goes back first.
 func (j *job) plain(in *reader, s *span, buf []byte) (got int64, err error) {
 	j.mu.Lock()
 	j.ledger.release(s)
+	missing := len(j.ledger.gaps) > 0
 	j.mu.Unlock()
+	if !missing {
+		return 0, nil // an earlier stream brought it
+	}
 	for pos := int64(0); pos < j.blob.Size; pos = blockEnd(pos) {
 		end := min(blockEnd(pos), j.blob.Size)
 		n, readErr := in.fill(buf[:end-pos])
-		m, err := j.fillIn(in.host, pos, buf[:n])
+		m, err := j.fillIn(in.conn.src.host, pos, buf[:n])
 		got += m
 		if err != nil {
 			return got, err
@@ -266,7 +308,8 @@ func unexpected(err error) error {
 	return err
 }
 
-// landed writes bytes that follow the start of a live span, all within one block, and records the block when it is full.
+// landed writes bytes that follow the start of a live span, all within one block, and records the block when it is
+// full.
 func (j *job) landed(h *host, s *span, p []byte) error {
 	f := j.folder
 	if _, err := f.data.WriteAt(p, s.off); err != nil {
@@ -274,17 +317,18 @@ func (j *job) landed(h *host, s *span, p []byte) error {
 	}
 	crc := crc32.Update(s.crc, castagnoli, p)
 	start, end := s.off/blockSize*blockSize, s.off+int64(len(p))
-	if end == min(start+blockSize, j.blob.Size) {
+	if end%recordStep == 0 || end == j.blob.Size {
 		if err := f.record(uint32(start/blockSize), end-start, crc); err != nil {
 			return &localError{err}
 		}
+	}
+	if end == min(start+blockSize, j.blob.Size) {
 		crc = 0
 	}
 	j.mu.Lock()
 	defer j.mu.Unlock()
-	if h != nil {
-		h.served, h.fails = true, 0
-	}
+	h.fails = 0
+	j.served.note(uint32(start/blockSize), h.name)
 	j.ledger.landed(s, end, crc)
 	j.advance()
 	return nil

@@ -22,11 +22,14 @@ var (
 	errMismatch = errors.New("digest mismatch")
 	// errNeedsLock: a finished blob that another process uses too turned out wrong; only the exclusive lock may replace it.
 	errNeedsLock = errors.New("exclusive lock needed")
+	// errElsewhere: somebody else finished the blob in another folder.
+	errElsewhere = errors.New("finished in another folder")
 )
 
 // job is one transfer while it runs and for as long as anybody holds a handle of it.
 type job struct {
 	blob    Blob
+	image   string // what connections are shared out by
 	opts    Options
 	root    string
 	shared  *shared
@@ -35,6 +38,10 @@ type job struct {
 
 	progress atomic.Int64 // when something moved last, Unix ns
 	received atomic.Int64 // bytes from the network
+
+	// Used only by what run calls, one at a time.
+	places *places
+	digest digester
 
 	// Guarded by Manager.mu.
 	waiters int
@@ -50,14 +57,20 @@ type job struct {
 	folder     *folder
 	hold       *holding
 	ledger     *ledger
+	served     served // whose bytes are in the data
 	frontier   int64
-	generation int  // counts restarts
-	verified   bool // the digest is right
+	elsewhere  int64 // bytes that another process has of the blob while it is followed
+	inLine     bool  // waits for transfers of this process to end
+	generation int   // counts restarts
+	verified   bool  // the digest is right
 	sources    []*source
 	hosts      map[string]*host
 	only       string // the single host that is asked after a mismatch; "" = all
-	queued     int    // workers waiting for a connection
+	queued     bool   // waits for a connection that other transfers have
 	open       int    // connections under way
+	conns      map[*conn]struct{}
+	told       bool // a host said when to come back: it is there
+	overtaken  int  // connections that were ended because they brought nothing
 	lastErr    error
 	rate       meter
 	firstByte  time.Time
@@ -67,13 +80,15 @@ type job struct {
 
 func newJob(root string, b Blob, o Options, sh *shared) *job {
 	j := &job{
-		blob: b, opts: o, root: root, shared: sh,
+		blob: b, image: b.Digest.String(), opts: o, root: root, shared: sh,
 		started: time.Now(),
 		done:    make(chan struct{}),
 		changed: make(chan struct{}),
 		phase:   PhaseWaiting,
 		hosts:   map[string]*host{},
+		conns:   map[*conn]struct{}{},
 		ledger:  newLedger(b.Size),
+		places:  newPlaces(root, b),
 	}
 	j.touch()
 	return j
@@ -112,8 +127,8 @@ func (j *job) addSource(s Source) {
 	name := s.Host()
 	h := j.hosts[name]
 	if h == nil {
-		h = &host{name: name}
-		if j.shared.honoursRanges(name) {
+		h = &host{name: name, shared: j.shared.hosts.host(name)}
+		if j.shared.hosts.honoursRanges(h.shared) {
 			h.ranges = rangesYes
 		}
 		j.hosts[name] = h

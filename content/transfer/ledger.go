@@ -13,6 +13,7 @@ const blockSize = 256 << 10
 type span struct {
 	off, end int64
 	crc      uint32
+	recorded bool // nobody fetches it: it is being compared with its records
 }
 
 // ledger says which bytes are missing and who fetches them. Every byte of the blob is there, in exactly one
@@ -105,6 +106,20 @@ func (l *ledger) frontier() int64 {
 	return f
 }
 
+// wanted is the first byte that is missing if all records are true.
+func (l *ledger) wanted() int64 {
+	f := l.size
+	if len(l.gaps) > 0 {
+		f = l.gaps[0].off
+	}
+	for s := range l.live {
+		if !s.recorded {
+			f = min(f, s.off)
+		}
+	}
+	return f
+}
+
 // there counts the bytes that are there, in order or not.
 func (l *ledger) there() int64 {
 	n := l.size
@@ -115,6 +130,23 @@ func (l *ledger) there() int64 {
 		n -= s.end - s.off
 	}
 	return n
+}
+
+// unclaimed counts the missing bytes that nobody works on.
+func (l *ledger) unclaimed() int64 {
+	n := int64(0)
+	for _, g := range l.gaps {
+		n += g.end - g.off
+	}
+	return n
+}
+
+// split makes a gap of the end of a live span; at is a block border within it.
+func (l *ledger) split(s *span, at int64) {
+	rest := &span{off: at, end: s.end}
+	s.end = at
+	l.live[rest] = struct{}{}
+	l.release(rest)
 }
 
 func (l *ledger) done() bool { return len(l.gaps) == 0 && len(l.live) == 0 }

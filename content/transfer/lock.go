@@ -3,17 +3,15 @@ package transfer
 import (
 	"context"
 	"errors"
-	"fmt"
 	"io/fs"
 	"os"
 	"path/filepath"
 	"time"
 
-	"github.com/containerd/errdefs"
 	"github.com/gofrs/flock"
 )
 
-// How often a waiter looks whether the lock is free.
+// How often a waiter looks at the folder it waits for: often while something moves there.
 const (
 	lockPollMin = 20 * time.Millisecond
 	lockPollMax = 500 * time.Millisecond
@@ -23,7 +21,7 @@ const (
 // A lock file that was unlinked meanwhile guards nothing: then the new one is tried.
 func tryLock(root, name string, shared bool) (*flock.Flock, error) {
 	for {
-		l := flock.New(filepath.Join(root, locksName, name))
+		l := flock.New(lockPath(root, name))
 		try := l.TryLock
 		if shared {
 			try = l.TryRLock
@@ -45,6 +43,8 @@ func tryLock(root, name string, shared bool) (*flock.Flock, error) {
 	}
 }
 
+func lockPath(root, name string) string { return filepath.Join(root, locksName, name) }
+
 func notMissing(err error) error {
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil
@@ -56,71 +56,77 @@ func notMissing(err error) error {
 type holding struct {
 	lock   *flock.Flock
 	name   string
-	shared bool // another process uses the finished blob too: read only
+	shared bool // the folder is finished and others may use it too: read only
 }
 
-// lockFolder waits until this transfer may work in its folder. If another process has finished the blob, a
-// shared lock is enough, unless exclusive is set. It fails when the holder makes no progress for giveUp.
-func lockFolder(ctx context.Context, root string, b Blob, exclusive bool, giveUp time.Duration, waiting func(name string)) (*holding, error) {
-	var watch progressWatch
-	for poll := lockPollMin; ; poll = min(2*poll, lockPollMax) {
-		name := folderName(root, b)
-		h, err := tryHold(root, name, exclusive)
-		if err != nil {
-			return nil, fmt.Errorf("lock %s: %w", name, err)
-		}
-		switch {
-		case h != nil && folderName(root, b) == name:
-			return h, nil
-		case h != nil: // taken by the other size between the look and the lock
-			if err := h.lock.Close(); err != nil {
-				return nil, err
-			}
-			continue
-		}
-		waiting(name)
-		if idle := watch.idle(filepath.Join(root, name, stateName)); idle >= giveUp {
-			return nil, fmt.Errorf("another process holds %s and made no progress for %s: %w", filepath.Join(root, locksName, name), idle, errdefs.ErrUnavailable)
-		}
-		if err := sleep(ctx, poll); err != nil {
-			return nil, err
-		}
-	}
-}
-
-func tryHold(root, name string, exclusive bool) (*holding, error) {
+// tryExclusive takes a folder to work in it; nil without an error if somebody uses it.
+func tryExclusive(root, name string) (*holding, error) {
 	l, err := tryLock(root, name, false)
-	if l != nil || err != nil {
-		return &holding{lock: l, name: name}, err
+	if l == nil || err != nil {
+		return nil, err
 	}
-	if exclusive {
-		return nil, nil
-	}
-	if !peekComplete(root, name) {
-		return nil, nil
-	}
-	l, err = tryLock(root, name, true)
+	return &holding{lock: l, name: name}, nil
+}
+
+// tryShared takes a finished folder to use what is in it; nil without an error if its holder is still at work.
+func tryShared(root, name string) (*holding, error) {
+	l, err := tryLock(root, name, true)
 	if l == nil || err != nil {
 		return nil, err
 	}
 	return &holding{lock: l, name: name, shared: true}, nil
 }
 
-// progressWatch tells for how long a lock's holder has recorded nothing.
-type progressWatch struct {
-	size  int64
-	since time.Time
+// drop gives up a folder that holds nothing worth keeping.
+func (h *holding) drop(path string) error {
+	// Whoever opened the lock file before sees after locking it that its name is gone.
+	return errors.Join(os.RemoveAll(path), notMissing(os.Remove(h.lock.Path())), h.lock.Close())
 }
 
-func (w *progressWatch) idle(path string) time.Duration {
-	var size int64
-	if st, err := os.Stat(path); err == nil {
-		size = st.Size()
+// vigil tells for how long a folder's holder has shown no sign of life: no new record, and no beat, which is a new
+// time on the lock file.
+type vigil struct {
+	size        int64
+	state, lock time.Time
+	since       time.Time // of the last sign
+}
+
+// idle is the time since the last sign of life. On the first look it believes the times of the files, up to credit:
+// whoever just took the lock has had no time to give a sign.
+func (v *vigil) idle(root, name string, credit time.Duration) time.Duration {
+	now := v.look(root, name)
+	if v.since.IsZero() {
+		v.since = now
+		if last := v.sign(); !last.IsZero() {
+			v.since = now.Add(-min(max(now.Sub(last), 0), credit))
+		}
 	}
-	if w.since.IsZero() || size != w.size {
-		w.size, w.since = size, time.Now()
+	return now.Sub(v.since)
+}
+
+// sign is when the files say that the last sign of life was.
+func (v *vigil) sign() time.Time { return later(v.state, v.lock) }
+
+func (v *vigil) look(root, name string) time.Time {
+	next := vigil{since: v.since}
+	if st, err := os.Stat(filepath.Join(root, name, stateName)); err == nil {
+		next.size, next.state = st.Size(), st.ModTime()
 	}
-	return time.Since(w.since)
+	if st, err := os.Stat(lockPath(root, name)); err == nil {
+		next.lock = st.ModTime()
+	}
+	now := time.Now()
+	if !v.since.IsZero() && next != *v {
+		next.since = now
+	}
+	*v = next
+	return now
+}
+
+// beat is the holder's sign of life.
+func (h *holding) beat() {
+	now := time.Now()
+	_ = os.Chtimes(h.lock.Path(), now, now) // without it others only fetch for themselves
 }
 
 // sleep waits for d or until ctx ends.

@@ -24,9 +24,12 @@ type Blob struct {
 
 // Options of a Manager. Zero means default.
 type Options struct {
-	// ChunkSize is how many bytes one request asks for, rounded to blocks of 256 KiB. Default: by the blob's size, 1 to 8 MiB.
+	// ChunkSize is how many bytes one request asks for, rounded to blocks of 256 KiB. Default: 1 to 64 MiB, by what is
+	// left of the blob and by what the host brings.
 	ChunkSize int64
-	// ConnectionsPerHost bounds the requests under way to one host, over all transfers. Default 8.
+	// Hosts shares connections out to the transfers of all managers that have it. Default: the manager's own.
+	Hosts *Hosts
+	// ConnectionsPerHost is HostLimits.PerHost of the manager's own Hosts. Default 32.
 	ConnectionsPerHost int
 	// MaxTransfers bounds the transfers that run at once; more wait in the order of their arrival. Default 16.
 	MaxTransfers int
@@ -49,7 +52,9 @@ func (o Options) withDefaults() (Options, error) {
 	if o.ChunkSize > 0 {
 		o.ChunkSize = blockEnd(o.ChunkSize - 1)
 	}
-	o.ConnectionsPerHost = cmp.Or(o.ConnectionsPerHost, 8)
+	if o.Hosts == nil {
+		o.Hosts = NewHosts(HostLimits{PerHost: o.ConnectionsPerHost})
+	}
 	o.MaxTransfers = cmp.Or(o.MaxTransfers, 16)
 	o.GiveUp = cmp.Or(o.GiveUp, 2*time.Minute)
 	o.FirstContact = cmp.Or(o.FirstContact, 5*time.Second)
@@ -65,11 +70,12 @@ type Phase string
 // The phases of a transfer.
 const (
 	PhaseWaiting   Phase = "waiting"   // for its turn or for the first byte
-	PhaseLock      Phase = "lock"      // another process fetches the blob
+	PhaseLock      Phase = "lock"      // another process fetches the blob; what it has is shown
 	PhaseFetching  Phase = "fetching"  // bytes arrive
 	PhaseVerifying Phase = "verifying" // all bytes are there; hashing and fsync
 	PhaseComplete  Phase = "complete"
 	PhaseFailed    Phase = "failed" // what was fetched is kept
+	PhaseKept      Phase = "kept"   // left on disk by an earlier process or another one; Started is when it was written last
 )
 
 // Status is a transfer as `gantry status` shows it. Sizes in bytes, Rate in bytes a second.
@@ -81,9 +87,11 @@ type Status struct {
 	Rate     float64
 	Phase    Phase
 	Hosts    []string // in the order in which they are asked
-	Waiters  int
-	Started  time.Time
-	Err      error // why it failed, or what went wrong last
+	// Connections under way.
+	Connections int
+	Waiters     int
+	Started     time.Time
+	Err         error // why it failed, or what went wrong last
 }
 
 // Failed transfers that List remembers.
@@ -95,6 +103,7 @@ type Manager struct {
 	root   string
 	opts   Options
 	shared *shared
+	kept   *kept
 	wg     sync.WaitGroup
 
 	mu     sync.Mutex // taken before job.mu
@@ -120,10 +129,11 @@ func New(root string, o Options) (*Manager, error) {
 		root: root,
 		opts: o,
 		jobs: map[Blob]*job{},
+		kept: &kept{root: root, seen: map[string]keptFolder{}},
 		shared: &shared{
-			conns:   newLimiter(o.ConnectionsPerHost),
+			hosts:   o.Hosts,
 			running: make(chan struct{}, o.MaxTransfers),
-			ranges:  map[string]bool{},
+			liars:   map[string]time.Time{},
 			done:    map[string]stamp{},
 		},
 	}, nil
@@ -159,14 +169,15 @@ func (m *Manager) Join(ctx context.Context, image string, b Blob, sources ...Sou
 	}
 	j := m.jobs[b]
 	if j == nil || !j.addSources(sources) {
-		j = m.start(context.WithoutCancel(ctx), b, sources)
+		j = m.start(context.WithoutCancel(ctx), image, b, sources)
 	}
 	return m.handle(j), nil
 }
 
 // start runs a new job. Called with mu held.
-func (m *Manager) start(ctx context.Context, b Blob, sources []Source) *job {
+func (m *Manager) start(ctx context.Context, image string, b Blob, sources []Source) *job {
 	j := newJob(m.root, b, m.opts, m.shared)
+	j.image = cmp.Or(image, j.image)
 	j.addSources(sources)
 	ctx, j.cancel = context.WithCancelCause(ctx)
 	m.jobs[b] = j
@@ -215,8 +226,8 @@ func (m *Manager) drop(j *job) {
 	}
 }
 
-// retire closes the files of an ended job that nobody has a handle of and nobody can join. Not under Manager.mu: closing
-// the last descriptor of a large file that was removed takes its time.
+// retire closes the files of an ended job that nobody has a handle of and nobody can join. Not under Manager.mu:
+// closing the last descriptor of a large file that was removed takes its time.
 func retire(ctx context.Context, j *job) {
 	if err := j.retire(); err != nil {
 		log.G(ctx).WithField("digest", j.blob.Digest).WithError(err).Warn("closing a transfer")
@@ -260,8 +271,10 @@ func (m *Manager) abandon(j *job) {
 	j.cancel(errAbandoned)
 }
 
-// List shows the transfers under way, those complete that somebody still holds, and the last ones that failed.
+// List shows the transfers under way, those complete that somebody still holds, the last ones that failed, and what else
+// lies on disk that nobody links.
 func (m *Manager) List() []Status {
+	left := m.kept.list()
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	list := slices.Clone(m.failed)
@@ -269,6 +282,12 @@ func (m *Manager) List() []Status {
 		s := j.status()
 		s.Waiters = j.waiters
 		list = append(list, s)
+	}
+	known := list
+	for _, s := range left {
+		if !slices.ContainsFunc(known, func(k Status) bool { return k.Digest == s.Digest && k.Size == s.Size }) {
+			list = append(list, s)
+		}
 	}
 	slices.SortFunc(list, func(a, b Status) int {
 		return cmp.Or(a.Started.Compare(b.Started), cmp.Compare(a.Digest, b.Digest))
@@ -282,13 +301,13 @@ func (j *job) status() Status {
 	s := Status{
 		Digest: j.blob.Digest, Size: j.blob.Size,
 		Frontier: j.frontier, Received: j.blob.Size,
-		Phase: j.phase, Started: j.started,
+		Phase: j.phase, Started: j.started, Connections: j.open,
 		Err: cmp.Or(j.err, j.lastErr),
 	}
 	if !j.verified {
-		s.Received = j.ledger.there()
+		s.Received = max(j.ledger.there(), j.elsewhere, j.frontier)
 	}
-	if j.phase == PhaseFetching {
+	if j.phase == PhaseFetching || j.phase == PhaseLock {
 		s.Rate = j.rate.value()
 	}
 	if j.phase == PhaseComplete {

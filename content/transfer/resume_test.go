@@ -277,6 +277,45 @@ func TestLedger(t *testing.T) {
 	}
 }
 
+// TestResumeOverlaps has much to check on disk: what is missing beyond it is asked for meanwhile.
+func TestResumeOverlaps(t *testing.T) {
+	t.Parallel()
+	data, b := randomBlob(6, 24<<20)
+	root := t.TempDir()
+	m := newManager(t, root, lockOptions)
+	h := join(t, m, b, &fakeSource{host: "a", data: data, reply: newGate(20 << 20).reply})
+	frontierOf(t, h, 20<<20)
+	if err := m.Close(); err != nil {
+		t.Fatal(err)
+	}
+	f, err := openFolder(filepath.Dir(dataPath(m, b)), b, false)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = errors.Join(f.closeState(), f.data.Close()) }()
+	j := newJob(root, b, lockOptions, m.shared)
+	j.folder = f
+	j.addSources([]Source{&fakeSource{host: "a", data: data}})
+	checks, err := j.resume()
+	if err != nil || len(checks) != 1 {
+		t.Fatal(checks, err)
+	}
+	j.mu.Lock()
+	chunk := j.ledger.claim(1<<20, j.horizon())
+	j.mu.Unlock()
+	if chunk == nil || chunk.off != 20<<20 {
+		t.Fatalf("what is fetched while 20 MiB on disk wait for their check: %+v", chunk)
+	}
+	// The host hangs, and all that was there is hashed.
+	if err := j.recheck(t.Context(), checks); err != nil {
+		t.Fatal(err)
+	}
+	d := j.digester()
+	if err := j.hashUpTo(t.Context(), d, f, j.shown()); err != nil || d.off != 20<<20 {
+		t.Errorf("hashed %d bytes, %v", d.off, err)
+	}
+}
+
 func keepLive(l *ledger, live []*span) []*span {
 	var out []*span
 	for _, s := range live {

@@ -1,124 +1,213 @@
 package transfer
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"math"
 	"slices"
 	"time"
 
 	"github.com/containerd/errdefs"
 	"github.com/containerd/log"
+	"golang.org/x/sync/errgroup"
 )
 
 const (
-	chunkMin     = 1 << 20
-	chunkDefault = 8 << 20
-	chunkMax     = 16 << 20
-	// chunkTime is how long a request should bring bytes: long beside the time until its first byte and beside what it
-	// costs the host, short enough that the frontier keeps moving.
-	chunkTime = 500 * time.Millisecond
+	chunkMin   = 1 << 20
+	chunkStart = 8 << 20
+	chunkMax   = 64 << 20
+	// A request should bring bytes for chunkTime and for chunkLatencies times as long as its first byte took: long
+	// beside what it costs the host (2 ms of CPU in a registry, whatever the size), short enough that the frontier
+	// keeps moving.
+	chunkTime      = 400 * time.Millisecond
+	chunkLatencies = 15
+	// runAheadChunks is how many chunks of each connection may lie beyond the frontier.
+	runAheadChunks = 4
 )
 
-// workers is how many connections the blob may use at once: one for a blob of one chunk.
-func (j *job) workers() int {
-	chunks := (j.blob.Size + j.chunk() - 1) / j.chunk()
-	return int(min(int64(j.opts.ConnectionsPerHost), chunks))
+// aim is how much a request should ask of a host, in bytes: what it brings in that time.
+func (j *job) aim(h *hostState) int64 {
+	v := j.shared.hosts.look(h)
+	if v.pace == 0 {
+		return chunkStart
+	}
+	return int64(min(v.pace*max(chunkTime, chunkLatencies*v.latency).Seconds(), chunkMax))
 }
 
-// chunk is how much one of the first requests asks for, in bytes.
-func (j *job) chunk() int64 {
+// chunk is how much the next request asks of a host, in bytes, if the transfer has n connections: no more than half of
+// a connection's part of what nobody fetches yet. So the last chunks are the smallest and the connections end together.
+func (j *job) chunk(h *host, n int) int64 {
 	if j.opts.ChunkSize > 0 {
 		return j.opts.ChunkSize
 	}
-	// A few chunks for each connection, so that they end together.
-	share := j.blob.Size / int64(4*j.opts.ConnectionsPerHost)
-	return min(max(blockEnd(share), chunkMin), chunkDefault)
+	share := j.ledger.unclaimed() / int64(2*n)
+	return max(min(j.aim(h.shared), share)/blockSize*blockSize, chunkMin)
 }
 
-// nextChunk is how much the next request asks of a host, in bytes: more of a fast one, since each request costs it
-// time (2 ms of CPU in a registry, whatever the size), but no more than one connection's share of the blob.
+// runAhead is how far beyond the frontier a chunk may start, in bytes: on disk, not in memory. Called with mu held.
+func (j *job) runAhead() int64 {
+	n, chunk := startConnections, int64(chunkStart)
+	for _, h := range j.hosts {
+		if h.conns > 0 {
+			n, chunk = max(n, h.conns), max(chunk, j.aim(h.shared))
+		}
+	}
+	if j.opts.ChunkSize > 0 {
+		chunk = j.opts.ChunkSize
+	}
+	return runAheadChunks * chunk * int64(min(n, j.shared.hosts.limits.PerHost))
+}
+
+// horizon is where no chunk may start yet. What is on disk and being checked does not hold up what is fetched meanwhile.
 // Called with mu held.
-func (j *job) nextChunk(h *host) int64 {
-	chunk := j.chunk()
-	if j.opts.ChunkSize > 0 || h.pace == 0 {
-		return chunk
-	}
-	share := blockEnd(j.blob.Size / int64(j.opts.ConnectionsPerHost))
-	return max(chunk, min(int64(h.pace*chunkTime.Seconds()), share, chunkMax))
-}
+func (j *job) horizon() int64 { return j.ledger.wanted() + j.runAhead() }
 
-// runAhead is how far beyond the frontier a chunk may start, in bytes.
-func (j *job) runAhead() int64 { return 4 * int64(j.opts.ConnectionsPerHost) * j.chunk() }
-
-// worker fetches chunk after chunk until nothing is missing.
-func (j *job) worker(ctx context.Context) error {
-	buf := make([]byte, blockSize)
-	for {
-		src, err := j.next(ctx)
-		if src == nil || err != nil {
-			return err
-		}
-		if err := j.connection(ctx, src, buf); err != nil {
-			return err
-		}
-	}
-}
-
-// next waits until there is a chunk to fetch and a source to ask; nil when everything is there.
-func (j *job) next(ctx context.Context) (*source, error) {
+// dispatch makes one connection after the other until nothing is missing. Each gets its own goroutine.
+func (j *job) dispatch(ctx context.Context, g *errgroup.Group) error {
+	hosts := j.shared.hosts
+	w := newWaiter(j)
+	defer hosts.leave(w)
 	for {
 		j.mu.Lock()
-		src, wait, err := j.pick()
+		ask, wait, err := j.askable()
 		done, changed := j.ledger.done(), j.changed
+		want := int(min(j.ledger.unclaimed()/chunkMin+1, mostWanted))
+		j.queued = !done && j.held(ask)
 		j.mu.Unlock()
-		if done || src != nil || err != nil {
-			return src, err
+		if done || err != nil {
+			return err
 		}
-		timer := time.NewTimer(wait)
-		select {
-		case <-changed:
-		case <-timer.C:
-		case <-ctx.Done():
-			timer.Stop()
-			return nil, context.Cause(ctx)
+		h, err := hosts.acquire(ctx, w, ask, want, changed, wait)
+		if err != nil {
+			return err
 		}
-		timer.Stop()
+		if h == nil {
+			continue
+		}
+		c := j.begin(h)
+		if c == nil {
+			hosts.release(h, j)
+			continue
+		}
+		g.Go(func() error { return unlessAllThere(j.connection(ctx, c)) })
 	}
 }
 
-// pick chooses the source of the next request: the first that may be asked now. Otherwise it says how long to wait
-// unless something changes. Called with mu held.
-func (j *job) pick() (*source, time.Duration, error) {
-	if len(j.ledger.gaps) == 0 || j.ledger.gaps[0].off >= j.frontier+j.runAhead() {
-		return nil, math.MaxInt64, nil
-	}
-	now, wait, alive := time.Now(), time.Duration(math.MaxInt64), false
-	for _, s := range j.sources {
-		if !j.usable(s) {
-			continue
+// askable lists the hosts that may be asked for a chunk, in the order of their sources, none if there is no chunk to
+// ask for. It also says how long that holds unless something changes. Called with mu held.
+func (j *job) askable() ([]*hostState, time.Duration, error) {
+	wait := time.Duration(math.MaxInt64)
+	if !j.claimable() && !j.overtake() {
+		if j.open > 0 {
+			wait = overtakeTick
 		}
-		alive = true
-		switch h := s.host; {
-		case h.until.After(now):
-			wait = min(wait, h.until.Sub(now))
-		case h.ranges == rangesUnknown && h.conns > 0:
-			return nil, wait, nil // its first reply says how to go on
-		case h.ranges == rangesNo && h.conns > 0:
-		default:
-			return s, 0, nil
-		}
+		return nil, wait, nil
 	}
+	now, alive := time.Now(), false
+	var ask []*hostState
+	for _, tier := range j.tiers() {
+		down := true
+		for _, h := range tier {
+			v := j.shared.hosts.look(h.shared)
+			if h.received == 0 && v.absent != nil {
+				j.drop(h, v.absent)
+				continue
+			}
+			alive, down = true, down && v.down
+			if v.until.After(now) {
+				wait = min(wait, v.until.Sub(now))
+			}
+			if h.conns == 0 || h.ranges == rangesYes && !j.farSlower(h) {
+				ask = append(ask, h.shared)
+			}
+		}
+		if !down {
+			break
+		}
+		wait = min(wait, downTime)
+	}
+	// What failed last is asked only if there is room nowhere else.
+	slices.SortStableFunc(ask, func(a, b *hostState) int { return cmp.Compare(j.ill(a), j.ill(b)) })
 	if !alive && len(j.ledger.live) == 0 {
 		j.doomed = j.only == ""
 		return nil, 0, j.noSource()
 	}
-	return nil, wait, nil
+	return ask, wait, nil
 }
 
+// tiers lists the hosts that are left, those to be asked first in the first list. Called with mu held.
+func (j *job) tiers() [][]*host {
+	byTier := map[int][]*host{}
+	for _, s := range j.sources {
+		if j.usable(s) && !slices.Contains(byTier[s.Tier()], s.host) {
+			byTier[s.Tier()] = append(byTier[s.Tier()], s.host)
+		}
+	}
+	var tiers [][]*host
+	for _, tier := range slices.Sorted(maps.Keys(byTier)) {
+		tiers = append(tiers, byTier[tier])
+	}
+	return tiers
+}
+
+// ill is 0 for a host that is well and 1 for one that failed last.
+func (j *job) ill(h *hostState) int {
+	if j.shared.hosts.look(h).well {
+		return 0
+	}
+	return 1
+}
+
+// farSlower says whether another host is so much faster that this one gets no more than a connection. Called with mu
+// held.
+func (j *job) farSlower(h *host) bool {
+	pace := j.shared.hosts.look(h.shared).pace
+	return pace > 0 && j.fastest() > farSlower*pace
+}
+
+// fastest is the pace of the best host that may be asked. Called with mu held.
+func (j *job) fastest() float64 {
+	best := 0.0
+	for _, s := range j.sources {
+		if j.usable(s) {
+			best = max(best, j.shared.hosts.look(s.host.shared).pace)
+		}
+	}
+	return best
+}
+
+// held says whether it is for other transfers that this one has to wait: then nobody is to blame for it. Called with mu
+// held.
+func (j *job) held(ask []*hostState) bool {
+	return slices.ContainsFunc(ask, func(h *hostState) bool {
+		v := j.shared.hosts.look(h)
+		return v.well && !v.until.After(time.Now())
+	})
+}
+
+// claimable says whether a chunk may be asked for now. Called with mu held.
+func (j *job) claimable() bool {
+	return len(j.ledger.gaps) > 0 && j.ledger.gaps[0].off < j.horizon()
+}
+
+// drop ends all sources of a host. Called with mu held.
+func (j *job) drop(h *host, err error) {
+	for _, s := range j.sources {
+		if s.host == h && s.gone == nil {
+			s.gone = fmt.Errorf("host %s, attempt %d: %w", h.name, h.attempts, err)
+		}
+	}
+}
+
+// usable says whether a source may be asked. Called with mu held.
 func (j *job) usable(s *source) bool {
-	return s.gone == nil && (j.only == "" || j.only == s.host.name)
+	if s.gone != nil || j.only != "" {
+		return s.gone == nil && j.only == s.host.name
+	}
+	return !j.shared.lied(s.host.name) || !j.otherTrusted()
 }
 
 // noSource says why nobody is left. Called with mu held.
@@ -146,39 +235,39 @@ func (j *job) noSource() error {
 	return fmt.Errorf("%w: %w", errNoSource, oneLine(gone))
 }
 
-// connection makes one request of a source and stores what it brings. Only what ends the whole transfer is an error.
-func (j *job) connection(ctx context.Context, src *source, buf []byte) error {
-	host := src.host.name
-	j.count(&j.queued, 1)
-	err := j.shared.conns.acquire(ctx, host, j)
-	j.count(&j.queued, -1)
-	if err != nil {
-		return err
-	}
-	defer j.shared.conns.release(host, j)
-	s := j.begin(src)
-	if s == nil {
+// conn is a connection under way. Guarded by job.mu.
+type conn struct {
+	src    *source
+	span   *span
+	begun  time.Time
+	cancel context.CancelCauseFunc
+
+	last  time.Time // when it brought something
+	got   int64     // bytes, since begun
+	mark  time.Time // where pace is measured from, each second
+	since int64     // got at mark
+	pace  float64   // of the second before mark, 0 if there is none
+	watch time.Time // the same for what counts as a stall
+	stood int64
+}
+
+// begin claims a chunk for a host that it may be asked of; nil if there is none any more or the host may not be asked
+// now.
+func (j *job) begin(at *hostState) *conn {
+	n := j.shared.hosts.share(at)
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	j.queued = false
+	i := slices.IndexFunc(j.sources, func(s *source) bool { return s.host.shared == at && j.usable(s) })
+	if i < 0 {
 		return nil
 	}
-	got, err := j.exchange(ctx, src, s, buf)
-	return j.end(ctx, src, s, got, err)
-}
-
-func (j *job) count(n *int, d int) {
-	j.mu.Lock()
-	defer j.mu.Unlock()
-	*n += d
-}
-
-// begin claims a chunk for a source; nil if there is none any more or the source may not be asked now.
-func (j *job) begin(src *source) *span {
-	j.mu.Lock()
-	defer j.mu.Unlock()
+	src := j.sources[i]
 	h := src.host
-	if !j.usable(src) || h.until.After(time.Now()) || (h.ranges != rangesYes && h.conns > 0) {
+	if h.ranges != rangesYes && h.conns > 0 {
 		return nil
 	}
-	s := j.ledger.claim(j.nextChunk(h), j.frontier+j.runAhead())
+	s := j.ledger.claim(j.chunk(h, max(n, j.open+1)), j.horizon())
 	if s == nil {
 		return nil
 	}
@@ -188,17 +277,32 @@ func (j *job) begin(src *source) *span {
 	if j.phase == PhaseLock {
 		j.phase = PhaseWaiting
 	}
-	return s
+	now := time.Now()
+	c := &conn{src: src, span: s, begun: now, last: now, mark: now, watch: now}
+	j.conns[c] = struct{}{}
+	return c
+}
+
+// connection makes one request and stores what it brings. Only what ends the whole transfer is an error.
+func (j *job) connection(ctx context.Context, c *conn) error {
+	defer j.shared.hosts.release(c.src.host.shared, j)
+	got, err := j.exchange(ctx, c)
+	return j.end(ctx, c, got, err)
 }
 
 // end gives back what the connection did not bring and judges the source.
-func (j *job) end(ctx context.Context, src *source, s *span, got int64, err error) error {
+func (j *job) end(ctx context.Context, c *conn, got int64, err error) error {
 	j.mu.Lock()
 	defer j.mu.Unlock()
 	defer j.wake()
-	j.ledger.release(s)
+	src := c.src
+	j.ledger.release(c.span)
+	delete(j.conns, c)
 	src.host.conns--
 	j.open--
+	if n := c.got - c.since; n >= blockSize {
+		j.shared.hosts.brought(src.host.shared, n, time.Since(c.mark))
+	}
 	var local *localError
 	if errors.As(err, &local) {
 		return diskError(j.folder.path, local.err)
@@ -211,6 +315,9 @@ func (j *job) end(ctx context.Context, src *source, s *span, got int64, err erro
 		return nil
 	}
 	j.lastErr = src.failed(got, err)
+	if !isFinal(err) {
+		j.shared.hosts.failure(src.host.shared, c.begun, got, j.lastErr)
+	}
 	l := log.G(ctx).WithField("digest", j.blob.Digest).WithField("host", src.host.name).WithError(j.lastErr)
 	switch {
 	case errors.Is(src.gone, errdefs.ErrFailedPrecondition):

@@ -4,16 +4,17 @@ import (
 	"context"
 	"os"
 	"sync"
+	"time"
 )
 
 // shared is what all transfers of a manager have in common.
 type shared struct {
-	conns   *limiter
+	hosts   *Hosts
 	running chan struct{} // a slot for each running transfer
 
-	mu     sync.Mutex
-	ranges map[string]bool  // hosts known to honour ranges
-	done   map[string]stamp // finished data files by path, verified in this process
+	mu    sync.Mutex
+	liars map[string]time.Time // hosts that sent wrong bytes: for how long others are preferred
+	done  map[string]stamp     // finished data files by path, verified in this process
 }
 
 // stamp recognises a data file that was verified before.
@@ -35,22 +36,6 @@ func (s *shared) enter(ctx context.Context) error {
 }
 
 func (s *shared) leave() { <-s.running }
-
-func (s *shared) honoursRanges(host string) bool {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return s.ranges[host]
-}
-
-func (s *shared) learnRanges(host string, yes bool) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if yes {
-		s.ranges[host] = true
-	} else {
-		delete(s.ranges, host)
-	}
-}
 
 func (s *shared) remember(path string, f *os.File) {
 	st, err := f.Stat()

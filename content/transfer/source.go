@@ -24,6 +24,9 @@ type Source interface {
 	// when the reply contradicts the request. Everything else is tried again, no sooner than the error's
 	// RetryAfter() time.Duration if it has that method.
 	Open(ctx context.Context, off, n int64) (Body, error)
+	// Tier orders the sources: those of the lowest tier that has one left share the chunks, and the next tier is asked
+	// when none is left there or all of them have been failing for some seconds.
+	Tier() int
 }
 
 // Body is a reply. Off and N say what the host really sends: a host that ignores ranges answers 0 and the blob's size.
@@ -77,14 +80,12 @@ const (
 // host is what a transfer knows of a host. Guarded by job.mu.
 type host struct {
 	name     string
+	shared   *hostState
 	ranges   ranges
-	conns    int       // under way
-	attempts int       // requests made
-	fails    int       // in a row, without progress
-	until    time.Time // not to be asked before
-	received int64     // bytes, all generations
-	served   bool      // stored bytes in this generation
-	pace     float64   // of one connection in bytes a second, 0 until a reply was read to its end
+	conns    int   // under way
+	attempts int   // requests made
+	fails    int   // in a row, without progress
+	received int64 // bytes, all generations
 }
 
 type source struct {
@@ -127,15 +128,9 @@ func (s *source) failed(got int64, err error) error {
 		s.gone = err
 		return err
 	}
-	h.fails++
-	wait := backoff(h.fails)
-	if got > 0 {
-		h.fails, wait = 0, backoff(1)
+	if h.fails++; got > 0 {
+		h.fails = 0
 	}
-	if got >= goodProgress {
-		wait = 0
-	}
-	h.until = later(h.until, time.Now().Add(max(wait, retryAfter(err))))
 	if h.ranges == rangesNo && h.fails >= plainTries || h.received == 0 && h.fails >= absentTries && isAbsent(err) {
 		s.gone = err
 	}

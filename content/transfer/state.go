@@ -11,6 +11,8 @@ import (
 	"math/rand/v2"
 	"os"
 	"path/filepath"
+
+	"github.com/opencontainers/go-digest"
 )
 
 // The state file, little endian. A header of 64 bytes:
@@ -57,6 +59,11 @@ type record struct {
 	block  uint32
 	length uint32
 	crc    uint32
+}
+
+// blob is what the data is to become.
+func (h stateHeader) blob() Blob {
+	return Blob{Digest: digest.NewDigestFromBytes(digest.SHA256, h.sum[:]), Size: h.size}
 }
 
 func (h stateHeader) encode() []byte {
@@ -123,33 +130,47 @@ func readState(r io.Reader) (*stateLog, error) {
 		return nil, err
 	}
 	log := &stateLog{stateHeader: h, blocks: map[uint32]record{}}
+	if err := h.scan(br, log.add); err != nil {
+		return nil, err
+	}
+	return log, nil
+}
+
+// scan hands out the records that follow a header, 16 bytes each, valid or not.
+func (h stateHeader) scan(r io.Reader, each func(b []byte)) error {
 	for {
 		var b [recordSize]byte
-		if _, err := io.ReadFull(br, b[:]); err != nil {
+		if _, err := io.ReadFull(r, b[:]); err != nil {
 			if errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) {
-				return log, nil
+				return nil
 			}
-			return nil, err
+			return err
 		}
-		log.add(b[:])
+		each(b[:])
 	}
 }
 
 func (s *stateLog) add(b []byte) {
-	le := binary.LittleEndian
-	if le.Uint32(b[12:]) != recordCheck(s.generation, b) {
-		return
-	}
-	kind := le.Uint32(b[4:]) >> 24
-	r := record{block: le.Uint32(b), length: le.Uint32(b[4:]) & (1<<24 - 1), crc: le.Uint32(b[8:])}
-	switch kind {
+	switch kind, r := s.decode(b); kind {
 	case kindComplete:
 		s.complete = true
 	case kindBlock:
-		if r.length > 0 && int64(r.length) <= blockLen(s.size, r.block) {
-			s.blocks[r.block] = r
-		}
+		s.blocks[r.block] = r
 	}
+}
+
+// decode reads one record; kind 0 if it is none.
+func (h stateHeader) decode(b []byte) (kind uint32, r record) {
+	le := binary.LittleEndian
+	if le.Uint32(b[12:]) != recordCheck(h.generation, b) {
+		return 0, r
+	}
+	kind = le.Uint32(b[4:]) >> 24
+	r = record{block: le.Uint32(b), length: le.Uint32(b[4:]) & (1<<24 - 1), crc: le.Uint32(b[8:])}
+	if kind == kindBlock && (r.length == 0 || int64(r.length) > blockLen(h.size, r.block)) {
+		return 0, r
+	}
+	return kind, r
 }
 
 // blockLen is the length of a block of a blob of that size; 0 or less if there is no such block.
@@ -215,28 +236,54 @@ func (s *stateFile) append(kind byte, r record) error {
 func (s *stateFile) Close() error { return s.f.Close() }
 
 // peekComplete looks, without a lock, whether a folder claims to hold a finished blob: then that is its last record.
-func peekComplete(root, name string) bool {
+func peekComplete(root, name string, b Blob) bool {
 	f, err := os.Open(filepath.Join(root, name, stateName))
 	if err != nil {
 		return false
 	}
 	defer func() { _ = f.Close() }()
 	h, err := peekHeader(f)
-	if err != nil {
+	if err != nil || h.blob() != b {
 		return false
 	}
 	st, err := f.Stat()
 	if err != nil {
 		return false
 	}
-	log := stateLog{stateHeader: h, blocks: map[uint32]record{}}
-	var b [recordSize]byte
+	var rec [recordSize]byte
 	last := (st.Size()-headerSize)/recordSize - 1
-	if _, err := f.ReadAt(b[:], headerSize+last*recordSize); last < 0 || err != nil {
+	if _, err := f.ReadAt(rec[:], headerSize+last*recordSize); last < 0 || err != nil {
 		return false
 	}
-	log.add(b[:])
-	return log.complete
+	kind, _ := h.decode(rec[:])
+	return kind == kindComplete
+}
+
+// progress counts the bytes that are said to be there, and those of them without a gap from the start.
+func (s *stateLog) progress() (received, frontier int64) {
+	if s.complete {
+		return s.size, s.size
+	}
+	for _, r := range s.blocks {
+		received += int64(r.length)
+	}
+	for n := uint32(0); frontier == int64(n)*blockSize; n++ {
+		frontier += int64(s.blocks[n].length)
+		if s.blocks[n].length == 0 {
+			break
+		}
+	}
+	return received, frontier
+}
+
+// peekState reads a state file that somebody else may be writing.
+func peekState(path string) (*stateLog, error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return nil, err
+	}
+	log, err := readState(f)
+	return log, errors.Join(err, f.Close())
 }
 
 // peekSize reads only the size in a state file's header.

@@ -3,9 +3,13 @@ package transfer
 import (
 	"bytes"
 	"crypto/sha256"
+	"encoding/binary"
+	"hash/crc32"
 	"io"
+	"math/rand/v2"
 	"os"
 	"path/filepath"
+	"reflect"
 	"testing"
 )
 
@@ -49,7 +53,7 @@ func TestStateFile(t *testing.T) {
 	if err := s.Close(); err != nil {
 		t.Fatal(err)
 	}
-	if _, log, err := reopenState(path); err != nil || !log.complete || !peekComplete(filepath.Dir(path), "") {
+	if _, log, err := reopenState(path); err != nil || !log.complete || !peekComplete(filepath.Dir(path), "", log.blob()) {
 		t.Error("a record after a torn one is lost")
 	}
 }
@@ -76,39 +80,97 @@ func FuzzState(f *testing.F) {
 	f.Add(stateHeader{size: maxBlobSize}.encode())
 	f.Add([]byte(stateMagic))
 	f.Add([]byte{})
-	f.Fuzz(func(t *testing.T, p []byte) {
-		log, err := readState(bytes.NewReader(p))
-		if err != nil {
-			return
+	data := patternFile(f)
+	f.Fuzz(func(t *testing.T, p []byte) { checkState(t, p, data) })
+}
+
+// FuzzStateRecords passes the checksums, which chance never does.
+func FuzzStateRecords(f *testing.F) {
+	data := patternFile(f)
+	p := make([]byte, 3*blockSize)
+	if _, err := data.ReadAt(p, 0); err != nil {
+		f.Fatal(err)
+	}
+	raw := func(kind byte, block uint32, p []byte) []byte {
+		return encodeRecord(0, kind, record{block, uint32(len(p)), crc32.Checksum(p, castagnoli)})[:12]
+	}
+	good := append(raw(kindBlock, 0, p[:blockSize]), raw(kindBlock, 2, p[2*blockSize:2*blockSize+100])...)
+	f.Add(int64(3*blockSize), uint32(1), good)
+	f.Add(int64(2*blockSize+100), uint32(1), append(good, raw(kindComplete, 0, nil)...))
+	f.Add(int64(2*blockSize+99), uint32(9), append(raw(kindBlock, 0, p[:blockSize-1]), good...))
+	f.Add(int64(5), uint32(0), raw(kindBlock, 1<<31, p[:5]))
+	f.Fuzz(func(t *testing.T, size int64, generation uint32, raw []byte) {
+		p := stateHeader{size: size, generation: generation}.encode()
+		for ; len(raw) >= 12; raw = raw[12:] {
+			p = append(p, raw[:12]...)
+			p = binary.LittleEndian.AppendUint32(p, recordCheck(generation, raw))
 		}
-		for b, r := range log.blocks {
-			if r.block != b || r.length == 0 || int64(b)*blockSize+int64(r.length) > log.size {
-				t.Fatalf("block %+v of a blob of %d bytes", r, log.size)
-			}
-		}
-		if len(log.blocks) > len(p)/recordSize {
-			t.Fatal("more blocks than records")
-		}
-		// The ledger must take what the parser accepts, whatever the data file holds.
-		if log.size > 1<<30 {
-			return
-		}
-		data, err := os.Open(os.DevNull)
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer func() { _ = data.Close() }()
-		j := newJob("", Blob{Size: log.size}, Options{ConnectionsPerHost: 1}, &shared{})
-		j.folder = &folder{log: log, data: data}
-		checks, err := j.resume()
-		if err != nil {
-			t.Fatal(err)
-		}
-		if err := j.recheck(t.Context(), checks); err != nil {
-			t.Fatal(err)
-		}
-		checkLedger(t, j.ledger, 0)
+		checkState(t, append(p, raw...), data)
 	})
+}
+
+// patternFile is the data that the state files of the fuzz tests may be about.
+func patternFile(f *testing.F) *os.File {
+	f.Helper()
+	p := make([]byte, 4*blockSize+1000)
+	_, _ = rand.NewChaCha8([32]byte{}).Read(p)
+	path := filepath.Join(f.TempDir(), dataName)
+	if err := os.WriteFile(path, p, 0o600); err != nil {
+		f.Fatal(err)
+	}
+	data, err := os.Open(path)
+	if err != nil {
+		f.Fatal(err)
+	}
+	f.Cleanup(func() { _ = data.Close() })
+	return data
+}
+
+// checkState: what the parser accepts is within the blob, says the same when it is written again, and counts
+// only where the data has the recorded checksum.
+func checkState(t *testing.T, p []byte, data *os.File) {
+	t.Helper()
+	log, err := readState(bytes.NewReader(p))
+	if err != nil {
+		return
+	}
+	again := log.encode()
+	for b, r := range log.blocks {
+		if r.block != b || r.length == 0 || int64(b)*blockSize+int64(r.length) > log.size {
+			t.Fatalf("block %+v of a blob of %d bytes", r, log.size)
+		}
+		again = append(again, encodeRecord(log.generation, kindBlock, r)...)
+	}
+	if log.complete {
+		again = append(again, encodeRecord(log.generation, kindComplete, record{})...)
+	}
+	if log2, err := readState(bytes.NewReader(again)); err != nil || !reflect.DeepEqual(log, log2) {
+		t.Fatalf("written again: %+v, %v, was %+v", log2, err, log)
+	}
+	if len(log.blocks) > len(p)/recordSize {
+		t.Fatal("more blocks than records")
+	}
+	if log.size > 1<<30 {
+		return
+	}
+	var have int64
+	for _, r := range log.blocks {
+		q := make([]byte, r.length)
+		n, _ := data.ReadAt(q, int64(r.block)*blockSize)
+		if n == len(q) && crc32.Checksum(q, castagnoli) == r.crc {
+			have += int64(n)
+		}
+	}
+	j := newJob("", Blob{Size: log.size}, Options{ConnectionsPerHost: 1}, &shared{})
+	j.folder = &folder{log: log, data: data}
+	checks, err := j.resume()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := j.recheck(t.Context(), checks); err != nil {
+		t.Fatal(err)
+	}
+	checkLedger(t, j.ledger, have)
 }
 
 func TestStateReadError(t *testing.T) {

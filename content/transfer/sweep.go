@@ -91,7 +91,7 @@ func (m *Manager) remove(name string, age time.Duration) (removed bool, err erro
 		if notMissing(err) != nil {
 			return false, err
 		}
-		if err == nil && (links(st) > 1 || time.Since(st.ModTime()) < age) {
+		if err == nil && (links(st) > 1 || age > 0 && time.Since(st.ModTime()) < age) {
 			return false, nil
 		}
 	}

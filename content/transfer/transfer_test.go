@@ -201,7 +201,7 @@ func TestWaiters(t *testing.T) {
 			return fakeReply{latency: time.Second}, nil
 		}
 		src := &fakeSource{host: "a", data: data, reply: slow}
-		m := newManager(t, t.TempDir(), Options{ChunkSize: 1 << 20, Grace: 30 * time.Second})
+		m := newManager(t, t.TempDir(), Options{ChunkSize: 1 << 20, ConnectionsPerHost: 8, Grace: 30 * time.Second})
 		first, second := join(t, m, b, src), join(t, m, b, src)
 		time.Sleep(5 * time.Second)
 		ctx, cancel := context.WithTimeout(t.Context(), time.Second)

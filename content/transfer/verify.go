@@ -6,10 +6,9 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
+	"hash"
 	"io"
 	"os"
-	"sort"
-	"strings"
 )
 
 const (
@@ -17,31 +16,69 @@ const (
 	writebackStep = 8 << 20
 )
 
+// digester hashes the blob in order, from wherever the bytes of one generation come.
+type digester struct {
+	hash.Hash
+	off        int64 // what was hashed
+	generation int
+	buf        []byte
+}
+
+func (d *digester) add(p []byte) {
+	_, _ = d.Write(p) // never fails
+	d.off += int64(len(p))
+}
+
+func (d *digester) encoded() string { return hex.EncodeToString(d.Sum(nil)) }
+
+func (d *digester) matches(b Blob) bool { return d.off == b.Size && d.encoded() == b.Digest.Encoded() }
+
+// digester is what was hashed so far of the bytes that readers get now.
+func (j *job) digester() *digester {
+	generation := j.currentGeneration()
+	if j.digest.Hash == nil || j.digest.generation != generation {
+		j.digest = digester{Hash: sha256.New(), generation: generation}
+	}
+	return &j.digest
+}
+
 // hash reads the blob back in order as the frontier advances. At the end the digest must be right.
 func (j *job) hash(ctx context.Context) error {
-	h := sha256.New()
-	buf := make([]byte, min(hashStep, max(j.blob.Size, 1)))
-	for off := int64(0); off < j.blob.Size; {
-		frontier, err := j.below(ctx, off+1)
+	d := j.digester()
+	for d.off < j.blob.Size {
+		frontier, err := j.below(ctx, d.off+1)
 		if err != nil {
 			return err
 		}
-		for off < frontier {
-			n, err := j.folder.data.ReadAt(buf[:min(int64(len(buf)), frontier-off)], off)
-			if err != nil && !errors.Is(err, io.EOF) || n == 0 {
-				return diskError(j.folder.path, fmt.Errorf("read back at %d: %w", off, err))
-			}
-			h.Write(buf[:n])
-			off += int64(n)
+		if err := j.hashUpTo(ctx, d, j.folder, frontier); err != nil {
+			return err
 		}
 	}
-	if got := hex.EncodeToString(h.Sum(nil)); got != j.blob.Digest.Encoded() {
-		return fmt.Errorf("%w: %s sent %d bytes that hash to sha256:%s", errMismatch, j.servedBy(), j.blob.Size, got)
+	if !d.matches(j.blob) {
+		return fmt.Errorf("%w: %s sent %d bytes that hash to sha256:%s", errMismatch, j.servedBy(), j.blob.Size, d.encoded())
 	}
 	j.mu.Lock()
 	defer j.mu.Unlock()
 	j.verified = true
 	j.wake()
+	return nil
+}
+
+// hashUpTo hashes what is missing of the first end bytes.
+func (j *job) hashUpTo(ctx context.Context, d *digester, f *folder, end int64) error {
+	if d.buf == nil {
+		d.buf = make([]byte, min(hashStep, max(j.blob.Size, 1)))
+	}
+	for d.off < end {
+		if ctx.Err() != nil {
+			return context.Cause(ctx)
+		}
+		n, err := f.data.ReadAt(d.buf[:min(int64(len(d.buf)), end-d.off)], d.off)
+		if err != nil && !errors.Is(err, io.EOF) || n == 0 {
+			return diskError(f.path, fmt.Errorf("read back at %d: %w", d.off, err))
+		}
+		d.add(d.buf[:n])
+	}
 	return nil
 }
 
@@ -66,17 +103,7 @@ func (j *job) below(ctx context.Context, off int64) (int64, error) {
 func (j *job) servedBy() string {
 	j.mu.Lock()
 	defer j.mu.Unlock()
-	var names []string
-	for _, h := range j.hosts {
-		if h.served {
-			names = append(names, h.name)
-		}
-	}
-	if len(names) == 0 {
-		return "an earlier transfer"
-	}
-	sort.Strings(names)
-	return strings.Join(names, " and ")
+	return j.served.everybody()
 }
 
 // writeback starts writing to disk what lies below the frontier, so that the last fsync is short. It may be slowed
@@ -98,9 +125,11 @@ type check struct {
 }
 
 // resume fills the ledger from the state file. Recorded blocks are live, claimed by the checks it returns; nobody
-// fetches them until they are found wrong. Blocks that are there in part are few and checked at once.
+// fetches them until they are found wrong. Blocks that are there in part are few and checked at once; those that this
+// process checked when it followed another one are not checked again.
 func (j *job) resume() ([]*check, error) {
 	l := newLedger(j.blob.Size)
+	shown := j.shown()
 	buf := make([]byte, blockSize)
 	var checks []*check
 	for _, r := range j.folder.recorded() {
@@ -114,23 +143,42 @@ func (j *job) resume() ([]*check, error) {
 				s := l.take(start, blockEnd(start))
 				l.landed(s, start+int64(r.length), r.crc)
 				l.release(s)
+				j.inherited(r.block)
 			}
 			continue
 		}
 		end := start + int64(r.length)
+		j.inherited(r.block)
+		if end <= shown {
+			l.landed(l.take(start, end), end, 0)
+			continue
+		}
 		if n := len(checks); n > 0 && checks[n-1].span.end == start {
 			delete(l.live, l.take(start, end))
 			checks[n-1].span.end = end
 			checks[n-1].recs = append(checks[n-1].recs, r)
 			continue
 		}
-		checks = append(checks, &check{span: l.take(start, end), recs: []record{r}})
+		s := l.take(start, end)
+		s.recorded = true
+		checks = append(checks, &check{span: s, recs: []record{r}})
 	}
 	j.mu.Lock()
 	defer j.mu.Unlock()
 	j.ledger = l
+	if l.frontier() < j.frontier { // readers have bytes that nobody vouches for
+		j.generation++
+		j.frontier, j.verified = 0, false
+	}
 	j.advance()
 	return checks, nil
+}
+
+// inherited notes that a block was there before this attempt.
+func (j *job) inherited(block uint32) {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	j.served.inherit(block)
 }
 
 // recheck compares recorded blocks with the data, in order; what does not match is missing.
@@ -161,6 +209,7 @@ func (j *job) checked(s *span, ok bool) {
 	defer j.mu.Unlock()
 	off, end := s.off, min(blockEnd(s.off), s.end)
 	if !ok {
+		j.served.forget(uint32(off / blockSize))
 		bad := &span{off: off, end: end}
 		j.ledger.live[bad] = struct{}{}
 		j.ledger.release(bad)

@@ -59,6 +59,7 @@ address = '{{.Dir}}/c.sock'
 {{.ContainerdKeys}}
 [registry]
 config_path = '{{.Dir}}/certs.d'
+credentials = '{{.Dir}}/docker.json'
 {{.Extra}}`))
 
 type containerdValues struct {

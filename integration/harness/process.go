@@ -83,7 +83,7 @@ func (p *Process) Done() <-chan struct{} { return p.done }
 
 // Kill sends SIGKILL and waits for the end. A process that has ended already is no error.
 func (p *Process) Kill() {
-	p.signal(syscall.SIGKILL)
+	p.Signal(syscall.SIGKILL)
 	<-p.done
 }
 
@@ -94,7 +94,7 @@ func (p *Process) Stop() error {
 		return fmt.Errorf("%s had ended before it was stopped (%w): %s", p.name, p.exit(), p.Tail())
 	default:
 	}
-	p.signal(syscall.SIGTERM)
+	p.Signal(syscall.SIGTERM)
 	select {
 	case <-p.done:
 		return nil
@@ -104,7 +104,8 @@ func (p *Process) Stop() error {
 	}
 }
 
-func (p *Process) signal(sig syscall.Signal) {
+// Signal sends a signal. A process that has ended already is no error.
+func (p *Process) Signal(sig syscall.Signal) {
 	select {
 	case <-p.done: // its id may belong to somebody else by now
 	default:

@@ -62,7 +62,8 @@ type Content struct {
 type Transfer struct {
 	Root               string
 	ChunkSize          int64 // bytes; 0: gantryd chooses by the size of the blob
-	ConnectionsPerHost int   // requests at once, over all blobs
+	ConnectionsPerHost int   // requests at once, over all blobs, at most
+	Connections        int   // the same for all hosts together
 	KeepPartial        time.Duration
 	GiveUp             time.Duration
 }

@@ -34,8 +34,8 @@ func TestLoad(t *testing.T) {
 			c.Root, c.Content.Root, c.Transfer.Root = "/data/gantry", "/data/gantry/content", "/data/gantry/transfers"
 		}},
 		"state moves the socket": {`state = "/run/g"`, func(c *Config) { c.State, c.Address = "/run/g", "/run/g/gantry.sock" }},
-		"tables": {"[transfer]\nchunk_size = \"8MiB\"\nkeep_partial = \"90m\"\ngive_up=\"30s\"\nconnections_per_host = 6\n[log]\nlevel = \"debug\"\n", func(c *Config) {
-			c.Transfer.ChunkSize, c.Transfer.KeepPartial, c.Transfer.GiveUp, c.Transfer.ConnectionsPerHost = 8<<20, 90*time.Minute, 30*time.Second, 6
+		"tables": {"[transfer]\nchunk_size = \"8MiB\"\nkeep_partial = \"90m\"\ngive_up=\"30s\"\nconnections_per_host = 6\nconnections = 7\n[log]\nlevel = \"debug\"\n", func(c *Config) {
+			c.Transfer.ChunkSize, c.Transfer.KeepPartial, c.Transfer.GiveUp, c.Transfer.ConnectionsPerHost, c.Transfer.Connections = 8<<20, 90*time.Minute, 30*time.Second, 6, 7
 			c.Log.Level = "debug"
 		}},
 		"dotted and inline":    {"snapshotter.mount = \"loop\"\ncontainerd = {content_sharing_policy = \"isolated\"}\n", func(c *Config) { c.Snapshotter.Mount, c.Containerd.ContentSharingPolicy = "loop", "isolated" }},
@@ -83,7 +83,7 @@ func TestDefaults(t *testing.T) {
 		Containerd: Containerd{Address: "/run/containerd/containerd.sock", ContentSharingPolicy: "shared"},
 		Content:    Content{Root: "/var/lib/gantry/content"},
 		Transfer: Transfer{Root: "/var/lib/gantry/transfers",
-			ConnectionsPerHost: 8, KeepPartial: 24 * time.Hour, GiveUp: 2 * time.Minute},
+			ConnectionsPerHost: 32, Connections: 64, KeepPartial: 24 * time.Hour, GiveUp: 2 * time.Minute},
 		Registry:    Registry{ConfigPath: "/etc/containerd/certs.d", Credentials: "/root/.docker/config.json"},
 		Snapshotter: Snapshotter{Mount: "auto"},
 	}
@@ -175,7 +175,28 @@ func FuzzParse(f *testing.F) {
 	f.Add([]byte("root = \"/a\"\n[log]\nlevel = \"info\"\n"))
 	f.Add([]byte("transfer = {chunk_size = \"8MiB\", give_up = 3}\n[[x.y]]\n"))
 	f.Add([]byte("a.\"b\\u0041\".c = [{x=1}]\n"))
-	f.Fuzz(func(_ *testing.T, data []byte) {
-		_, _ = parse("file", data)
+	f.Add([]byte("root = \"/a\\u0007\\u007f\\U0001F600\\u00e9\"\ncontent = {root = '/\\x'}\n"))
+	f.Add([]byte("state = \"/run/x\"\n[transfer]\ngive_up = \"1m0.5s\"\nchunk_size = \"1.5MiB\"\n"))
+	var defaults bytes.Buffer
+	if err := Default().Encode(&defaults); err != nil {
+		f.Fatal(err)
+	}
+	f.Add(defaults.Bytes())
+	f.Fuzz(func(t *testing.T, data []byte) {
+		c, err := parse("file", data)
+		if err != nil {
+			if !errdefs.IsInvalidArgument(err) && !errdefs.IsFailedPrecondition(err) {
+				t.Fatalf("an error that says nothing to its reader: %v", err)
+			}
+			return
+		}
+		var b bytes.Buffer
+		if err := c.Encode(&b); err != nil {
+			t.Fatal(err)
+		}
+		again, err := parse("again", b.Bytes())
+		if err != nil || !reflect.DeepEqual(c, again) {
+			t.Fatalf("written and read again: %+v, %v, was %+v\n%s", again, err, c, b.String())
+		}
 	})
 }

@@ -5,7 +5,6 @@ import (
 	"fmt"
 	"io"
 	"runtime"
-	"strconv"
 	"text/template"
 
 	"github.com/containerd/platforms"
@@ -45,7 +44,7 @@ func (c *Config) WriteContainerd(w io.Writer) error {
 	return err
 }
 
-var dropIn = template.Must(template.New("containerd").Funcs(template.FuncMap{"q": strconv.Quote}).Parse(
+var dropIn = template.Must(template.New("containerd").Funcs(template.FuncMap{"q": quote}).Parse(
 	`# Lets containerd use gantry. Printed by "gantry config containerd", version {{.Version}}.
 #
 # Switch on:

@@ -55,7 +55,7 @@ func (p pathValue) set(v any) error {
 }
 
 func (p pathValue) reset(fallback string) { *p.at = fallback }
-func (p pathValue) toml() string          { return strconv.Quote(*p.at) }
+func (p pathValue) toml() string          { return quote(*p.at) }
 func (p pathValue) allowed() string {
 	switch {
 	case p.empty:
@@ -232,6 +232,25 @@ func formatSize(n int64) string {
 		}
 	}
 	return strconv.FormatInt(n, 10) + "B"
+}
+
+// quote writes a TOML string. Go's own form has escapes that TOML does not know, like \a.
+func quote(s string) string {
+	var b strings.Builder
+	b.WriteByte('"')
+	for _, r := range s {
+		switch {
+		case r == '"' || r == '\\':
+			b.WriteByte('\\')
+			b.WriteRune(r)
+		case r < ' ' || r == 0x7f:
+			fmt.Fprintf(&b, "\\u%04x", r)
+		default:
+			b.WriteRune(r)
+		}
+	}
+	b.WriteByte('"')
+	return b.String()
 }
 
 // typeError says what kind of TOML value was found in the wrong place.

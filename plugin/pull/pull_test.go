@@ -103,7 +103,7 @@ func newFixture(t *testing.T, isolated bool) *fixture {
 	if err != nil {
 		t.Fatal(err)
 	}
-	f.store, err = content.NewStore(dir+"/content", content.Options{Fetcher: f.Puller, Observer: f.Puller})
+	f.store, err = content.NewStore(dir+"/content", content.Options{Fetcher: f.Puller, Observer: f.Puller, Isolated: isolated})
 	if err != nil {
 		t.Fatal(err)
 	}

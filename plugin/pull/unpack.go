@@ -286,6 +286,8 @@ func (p *Puller) produce(ctx context.Context, u *unpack) (*layer.Layer, error) {
 			if err = p.verify(ctx, u, f); err == nil {
 				return l, p.layers.Record(u.key.blob, l.DiffID)
 			}
+		} else if f.err == nil && errors.Is(p.verify(ctx, u, f), errRestart) {
+			err = errRestart // not the layer is broken: these were not its bytes
 		}
 		if !errors.Is(err, errRestart) {
 			return nil, err

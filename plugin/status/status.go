@@ -34,18 +34,21 @@ type Mount struct {
 	Reason string `json:"reason"` // why not the one before it
 }
 
-// Transfer is a blob on its way from a registry.
+// Transfer is a blob on its way from a registry, or what is left of it on disk: then Started is when it was written last.
 type Transfer struct {
 	Digest   digest.Digest `json:"digest"`
 	Size     int64         `json:"size"`     // bytes
 	Frontier int64         `json:"frontier"` // bytes without a gap from the start
 	Received int64         `json:"received"` // bytes that are there, in order or not
 	Rate     float64       `json:"rate"`     // bytes a second
-	Phase    string        `json:"phase"`    // waiting, lock, fetching, verifying, complete or failed
+	Phase    string        `json:"phase"`    // waiting, lock, fetching, verifying, complete, failed or kept
 	Hosts    []string      `json:"hosts,omitempty"`
-	Waiters  int           `json:"waiters"`
-	Started  time.Time     `json:"started"`
-	Error    string        `json:"error,omitempty"`
+	// Connections are the requests under way.
+	Connections int `json:"connections"`
+
+	Waiters int       `json:"waiters"`
+	Started time.Time `json:"started"`
+	Error   string    `json:"error,omitempty"`
 }
 
 // Unpack is a layer on its way from a blob to a layer file.

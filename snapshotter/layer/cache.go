@@ -74,7 +74,8 @@ type Cache struct {
 }
 
 // Open opens the cache in root, creating it if needed, and removes what an
-// earlier process left unfinished.
+// earlier process left unfinished. The folder above root outlives a power loss if
+// the caller has seen to it.
 func Open(root string, o Options) (*Cache, error) {
 	if o.TableEntries == 0 {
 		o.TableEntries = defaultTableEntries
@@ -95,6 +96,9 @@ func Open(root string, o Options) (*Cache, error) {
 		if err := os.MkdirAll(dir, 0o700); err != nil {
 			return nil, fmt.Errorf("layer cache: %w", err)
 		}
+	}
+	if err := errors.Join(syncDir(filepath.Dir(c.blobDir(digest.SHA256))), syncDir(root), syncDir(filepath.Dir(root))); err != nil {
+		return nil, fmt.Errorf("layer cache: %w", err)
 	}
 	return c, nil
 }

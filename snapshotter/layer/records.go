@@ -52,6 +52,12 @@ func (c *Cache) Record(blob, diffID digest.Digest) error {
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return fmt.Errorf("record of blob %s: %w", blob, err)
 	}
+	if blob.Algorithm() != digest.SHA256 { // whose folder Open has made
+		c.syncing(filepath.Dir(dir))
+		if err := syncDir(filepath.Dir(dir)); err != nil {
+			return err
+		}
+	}
 	tmp := filepath.Join(c.tmpDir(), "record-"+strconv.FormatUint(recordSerial.Add(1), 10))
 	if err := os.Symlink(target, tmp); err != nil {
 		return fmt.Errorf("record of blob %s: %w", blob, err)
