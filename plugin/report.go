@@ -62,7 +62,7 @@ func (r *reporter) Get(context.Context) (*status.Report, error) {
 
 func reportTransfer(t transfer.Status) status.Transfer {
 	return status.Transfer{
-		Digest: t.Digest, Size: t.Size, Frontier: t.Frontier, Received: t.Received, Rate: t.Rate,
+		Digest: t.Digest, Size: t.Size, Frontier: t.Frontier, Received: t.Received, Fetched: t.Fetched, Rate: t.Rate,
 		Phase: string(t.Phase), Hosts: t.Hosts, Connections: t.Connections, Waiters: t.Waiters, Started: t.Started, Error: message(t.Err),
 	}
 }

@@ -7,7 +7,6 @@ package plugin
 import (
 	"fmt"
 	"path/filepath"
-	"runtime"
 
 	contentapi "github.com/containerd/containerd/api/services/content/v1"
 	diffapi "github.com/containerd/containerd/api/services/diff/v1"
@@ -24,6 +23,7 @@ import (
 	"github.com/gantryd/gantry/plugin/config"
 	"github.com/gantryd/gantry/plugin/contentservice"
 	"github.com/gantryd/gantry/plugin/pull"
+	"github.com/gantryd/gantry/plugin/setup"
 	"github.com/gantryd/gantry/plugin/status"
 	"github.com/gantryd/gantry/snapshotter"
 	"github.com/gantryd/gantry/snapshotter/differ"
@@ -101,16 +101,7 @@ func initTransfers(ic *cplugin.InitContext) (any, error) {
 }
 
 func initRegistry(ic *cplugin.InitContext) (any, error) {
-	c := configOf(ic).Registry
-	credentials, err := registry.DockerCredentials(c.Credentials)
-	if err != nil {
-		return nil, err
-	}
-	return registry.New(registry.Options{
-		ConfigPath:  c.ConfigPath,
-		UserAgent:   "gantry/" + config.Version,
-		Credentials: credentials,
-	}), nil
+	return setup.Registry(configOf(ic))
 }
 
 func initPull(ic *cplugin.InitContext) (any, error) {
@@ -138,13 +129,9 @@ func newPull(
 	c *config.Config, transfers func(string) (*transfer.Manager, error),
 	sources *registry.Registry, layers *layer.Cache, client pull.Containerd,
 ) (*pull.Puller, error) {
-	workers := c.Unpack.Workers
-	if workers == 0 {
-		workers = runtime.NumCPU()
-	}
 	return pull.New(pull.Options{
 		Transfers: transfers, Registry: sources, Layers: layers, Containerd: client,
-		Isolated: c.Containerd.ContentSharingPolicy == config.PolicyIsolated, Workers: workers,
+		Isolated: c.Containerd.ContentSharingPolicy == config.PolicyIsolated, Workers: c.UnpackWorkers(),
 	})
 }
 

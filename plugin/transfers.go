@@ -7,7 +7,6 @@ import (
 	"io/fs"
 	"maps"
 	"os"
-	"path/filepath"
 	"slices"
 	"sync"
 
@@ -16,13 +15,14 @@ import (
 
 	"github.com/gantryd/gantry/content/transfer"
 	"github.com/gantryd/gantry/plugin/config"
+	"github.com/gantryd/gantry/plugin/setup"
 )
 
 // transfers are the transfer managers: one for all namespaces or, where
 // containerd isolates content, one for each, so that no namespace gets bytes
 // that another one fetched.
 type transfers struct {
-	root     string
+	config   *config.Config
 	options  transfer.Options
 	isolated bool
 
@@ -32,18 +32,7 @@ type transfers struct {
 }
 
 func openTransfers(c *config.Config) (*transfers, error) {
-	t := &transfers{
-		root: c.Transfer.Root,
-		options: transfer.Options{
-			ChunkSize: c.Transfer.ChunkSize,
-			// One for all, also where namespaces share no content.
-			Hosts:       transfer.NewHosts(transfer.HostLimits{PerHost: c.Transfer.ConnectionsPerHost, Total: c.Transfer.Connections}),
-			GiveUp:      c.Transfer.GiveUp,
-			KeepPartial: c.Transfer.KeepPartial,
-		},
-		isolated: c.Containerd.ContentSharingPolicy == config.PolicyIsolated,
-		managers: make(map[string]*transfer.Manager),
-	}
+	t := &transfers{config: c, options: setup.TransferOptions(c), isolated: setup.Isolated(c), managers: make(map[string]*transfer.Manager)}
 	if !t.isolated {
 		_, err := t.of("")
 		return t, err
@@ -54,7 +43,7 @@ func openTransfers(c *config.Config) (*transfers, error) {
 // openAll opens the managers of the namespaces that left something behind, for
 // the sweep to find it.
 func (t *transfers) openAll() error {
-	entries, err := os.ReadDir(t.namespaces())
+	entries, err := os.ReadDir(setup.NamespaceFolders(t.config))
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}
@@ -66,20 +55,14 @@ func (t *transfers) openAll() error {
 	return nil
 }
 
-func (t *transfers) namespaces() string { return filepath.Join(t.root, "namespaces") }
-
 // of returns the manager of a namespace. It is opened on the first call.
 func (t *transfers) of(namespace string) (*transfer.Manager, error) {
-	folder := t.root
-	if t.isolated {
-		// The name comes from a request and becomes a folder.
-		if err := identifiers.Validate(namespace); err != nil {
-			return nil, fmt.Errorf("namespace %q: %w", namespace, err)
-		}
-		folder = filepath.Join(t.namespaces(), namespace)
-	} else {
+	if !t.isolated {
 		namespace = ""
+	} else if err := identifiers.Validate(namespace); err != nil { // it comes from a request and becomes a folder
+		return nil, fmt.Errorf("namespace %q: %w", namespace, err)
 	}
+	folder := setup.TransferFolder(t.config, namespace)
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	if t.closed {

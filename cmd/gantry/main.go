@@ -12,6 +12,9 @@ import (
 	"os/signal"
 	"slices"
 	"strings"
+	"syscall"
+
+	"github.com/containerd/log"
 
 	"github.com/gantryd/gantry/plugin/config"
 )
@@ -27,6 +30,7 @@ const usage = `gantry tells what gantryd is doing, and containerd what it needs 
 
 Usage:
   gantry [--config FILE] status [--json]    transfers and unpacks under way, and where the last layers' time went
+  gantry [--config FILE] pull REF           pull an image through containerd, or only fetch it where containerd does not run
   gantry [--config FILE] config containerd  print a drop-in for the imports of containerd's configuration
   gantry help [COMMAND]
   gantry --version | --help
@@ -44,10 +48,12 @@ type command struct {
 	run func(ctx context.Context, c *config.Config, flags *flag.FlagSet, stdout io.Writer) error
 	// define adds the command's own flags.
 	define func(*flag.FlagSet)
+	// args names the words that the command wants beside its flags; all of them, in flags.Args().
+	args []string
 }
 
 func commands() []command {
-	return []command{statusCommand, containerdCommand}
+	return []command{statusCommand, pullCommand, containerdCommand}
 }
 
 // usageError is a mistake in the command line.
@@ -56,7 +62,11 @@ type usageError struct{ text string }
 func (e usageError) Error() string { return e.text }
 
 func main() {
-	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt)
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	context.AfterFunc(ctx, stop)                 // the second one ends the process at once
+	if err := log.SetLevel("warn"); err != nil { // what libraries say meanwhile
+		panic(err)
+	}
 	code := run(ctx, os.Args[1:], os.Stdout, os.Stderr)
 	stop()
 	os.Exit(code)
@@ -114,19 +124,38 @@ func dispatch(ctx context.Context, args []string, stdout io.Writer) error {
 	if cmd.define != nil {
 		cmd.define(own)
 	}
-	if err := own.Parse(rest); errors.Is(err, flag.ErrHelp) {
+	if err := cmd.parse(own, rest); errors.Is(err, flag.ErrHelp) {
 		return print(stdout, cmd.help)
 	} else if err != nil {
 		return usageError{fmt.Sprintf("%s: %v; see gantry help %s", cmd.name, err, cmd.name)}
-	}
-	if own.NArg() > 0 {
-		return usageError{fmt.Sprintf("%s: unexpected %q; see gantry help %s", cmd.name, own.Arg(0), cmd.name)}
 	}
 	c, err := config.Load(*file)
 	if err != nil {
 		return configError{err}
 	}
 	return cmd.run(ctx, c, own, stdout)
+}
+
+// parse reads flags and words in any order; flags.Args() are the words then.
+func (c command) parse(flags *flag.FlagSet, args []string) error {
+	var words []string
+	for {
+		if err := flags.Parse(args); err != nil {
+			return err
+		}
+		args = flags.Args()
+		if len(args) == 0 {
+			break
+		}
+		words, args = append(words, args[0]), args[1:]
+	}
+	switch n := len(c.args); {
+	case len(words) < n:
+		return fmt.Errorf("%s is missing", c.args[len(words)])
+	case len(words) > n:
+		return fmt.Errorf("unexpected %q", words[n])
+	}
+	return flags.Parse(append([]string{"--"}, words...))
 }
 
 // find returns the command that args begin with, and what follows.

@@ -55,6 +55,12 @@ func TestCommandLine(t *testing.T) {
 		"too much":             {[]string{"config", "containerd", "crio"}, exitUsage, "", `unexpected "crio"`},
 		"absent configuration": {[]string{"--config", "/absent.toml", "status"}, exitUsage, "", "/absent.toml"},
 		"bad configuration":    {[]string{"--config", bad, "config", "containerd"}, exitUsage, "", bad + ":2: snapshotter.mount"},
+		"help of pull":         {[]string{"help", "pull"}, exitOK, "gantry pull --namespace k8s.io", ""},
+		"pull of nothing":      {[]string{"pull"}, exitUsage, "", "pull: REF is missing; see gantry help pull"},
+		"pull of two":          {[]string{"pull", "alpine", "--quiet", "debian"}, exitUsage, "", `pull: unexpected "debian"`},
+		"pull of a URL":        {[]string{"pull", "https://x/y"}, exitUsage, "", `image reference "https://x/y"`},
+		"pull for nobody":      {[]string{"pull", "alpine", "--platform", "a/b/c/d"}, exitUsage, "", `platform "a/b/c/d"`},
+		"pull in two ways":     {[]string{"pull", "--quiet", "alpine", "--json"}, exitUsage, "", "--quiet and --json exclude each other"},
 		"drop-in":              {[]string{"--config", empty, "config", "containerd"}, exitOK, "version = 3", ""},
 	} {
 		t.Run(name, func(t *testing.T) {

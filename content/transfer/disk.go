@@ -20,6 +20,9 @@ const (
 	dataName  = "data"
 	stateName = "state"
 	locksName = "locks"
+
+	// servedName is an empty file: the image that the blob was fetched for is complete. Anybody may make it.
+	servedName = "served"
 )
 
 // folder is a transfer's place on disk. Whoever holds its lock exclusively may write it.

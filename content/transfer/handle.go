@@ -46,6 +46,9 @@ func (h *Handle) Frontier() int64 {
 // Started is when the transfer began, which may be before this handle joined it.
 func (h *Handle) Started() time.Time { return h.job.started }
 
+// Fetched is how many bytes came over the network so far, those of broken and repeated requests too.
+func (h *Handle) Fetched() int64 { return h.job.received.Load() }
+
 // Timings says where the time went so far: until the first byte, from there to the last, and from there to verified
 // and durable. Bytes that were on disk already count as received when they are needed: then wait is the whole time
 // until all are there.

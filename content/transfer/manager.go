@@ -84,6 +84,7 @@ type Status struct {
 	Size     int64
 	Frontier int64 // the first missing byte
 	Received int64 // bytes that are there, in order or not
+	Fetched  int64 // bytes that came over the network since Started
 	Rate     float64
 	Phase    Phase
 	Hosts    []string // in the order in which they are asked
@@ -300,7 +301,7 @@ func (j *job) status() Status {
 	defer j.mu.Unlock()
 	s := Status{
 		Digest: j.blob.Digest, Size: j.blob.Size,
-		Frontier: j.frontier, Received: j.blob.Size,
+		Frontier: j.frontier, Received: j.blob.Size, Fetched: j.received.Load(),
 		Phase: j.phase, Started: j.started, Connections: j.open,
 		Err: cmp.Or(j.err, j.lastErr),
 	}

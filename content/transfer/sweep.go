@@ -56,22 +56,62 @@ func (m *Manager) sweepLocks() error {
 	return errors.Join(errs...)
 }
 
+// Served notes that what the blob was fetched for has all of it: ForgetServed may remove the transfer from now on.
+func (m *Manager) Served(d digest.Digest) error {
+	names, err := m.folders(d)
+	for _, n := range names {
+		f, cerr := os.OpenFile(filepath.Join(m.root, n, servedName), os.O_CREATE|os.O_WRONLY, 0o600)
+		if cerr == nil {
+			cerr = f.Close()
+		}
+		if notMissing(cerr) != nil { // a folder that is missing was removed meanwhile
+			err = errors.Join(err, fmt.Errorf("transfer %s: %w", n, cerr))
+		}
+	}
+	return err
+}
+
+// ForgetServed is Forget for transfers that have served their purpose. The others are kept for a retry: the deletion of
+// a blob may be no more than containerd's answer to a pull that failed for another layer.
+func (m *Manager) ForgetServed(d digest.Digest) error {
+	return m.forget(d, func(name string) bool {
+		_, err := os.Lstat(filepath.Join(m.root, name, servedName))
+		return err == nil
+	})
+}
+
 // Forget removes what is left of a blob's transfers after the blob was deleted, unless they are in use, here or by another
 // process, or the data has a link elsewhere.
 func (m *Manager) Forget(d digest.Digest) error {
+	return m.forget(d, func(string) bool { return true })
+}
+
+// folders lists the names of a blob's folders.
+func (m *Manager) folders(d digest.Digest) ([]string, error) {
 	if err := d.Validate(); err != nil {
-		return fmt.Errorf("forget %q: %w: %w", d, errdefs.ErrInvalidArgument, err)
+		return nil, fmt.Errorf("transfers of %q: %w: %w", d, errdefs.ErrInvalidArgument, err)
 	}
 	if d.Algorithm() != digest.SHA256 {
-		return nil
+		return nil, nil
 	}
 	names, err := filepath.Glob(filepath.Join(m.root, "sha256-"+d.Encoded()+"*"))
+	for i, n := range names {
+		names[i] = filepath.Base(n)
+	}
+	return names, err
+}
+
+func (m *Manager) forget(d digest.Digest, which func(name string) bool) error {
+	names, err := m.folders(d)
 	if err != nil {
 		return err
 	}
 	var errs []error
 	for _, n := range names {
-		if _, err := m.remove(filepath.Base(n), 0); err != nil {
+		if !which(n) {
+			continue
+		}
+		if _, err := m.remove(n, 0); err != nil {
 			errs = append(errs, fmt.Errorf("forget %s: %w", d, err))
 		}
 	}

@@ -9,6 +9,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"runtime"
 	"time"
 )
 
@@ -76,7 +77,7 @@ type Registry struct {
 
 // Unpack says how layers are unpacked.
 type Unpack struct {
-	Workers int // layers at once; 0: the number of CPUs
+	Workers int // layers at once; 0: see UnpackWorkers
 }
 
 // Snapshotter says how layers are mounted.
@@ -125,4 +126,16 @@ func (c *Config) derive() {
 func (f field) follows() bool {
 	p, ok := f.value.(pathValue)
 	return ok && f.derived != "" && *p.at == filepath.Join(*f.parent, f.derived)
+}
+
+// mostlyWaiting is how many layers are unpacked at once at least: a layer that arrives slower than it is
+// unpacked keeps its worker, and must not keep the others from being unpacked as they arrive.
+const mostlyWaiting = 8
+
+// UnpackWorkers is how many layers are unpacked at once.
+func (c *Config) UnpackWorkers() int {
+	if c.Unpack.Workers > 0 {
+		return c.Unpack.Workers
+	}
+	return max(mostlyWaiting, runtime.NumCPU())
 }

@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"fmt"
 	"io"
-	"runtime"
 	"text/template"
 
 	"github.com/containerd/platforms"
@@ -26,15 +25,11 @@ const leastUnpacks = 4
 // WriteContainerd writes what containerd (2.0 or later) needs to use the gantryd
 // that c configures, as a file for containerd's imports.
 func (c *Config) WriteContainerd(w io.Writer) error {
-	unpacks := c.Unpack.Workers
-	if unpacks == 0 {
-		unpacks = runtime.NumCPU()
-	}
 	var b bytes.Buffer
 	err := dropIn.Execute(&b, map[string]any{
 		"Config": c, "Isolated": c.Containerd.ContentSharingPolicy == PolicyIsolated,
 		"Snapshotter": SnapshotterName, "Content": ContentName, "Differ": DifferName,
-		"Platform": platforms.Format(platforms.DefaultSpec()), "Unpacks": max(unpacks, leastUnpacks),
+		"Platform": platforms.Format(platforms.DefaultSpec()), "Unpacks": max(c.UnpackWorkers(), leastUnpacks),
 		"Version": Version,
 	})
 	if err != nil {

@@ -58,7 +58,7 @@ func fields(c *Config) []field {
 			doc: "Docker's config.json with logins and credential helpers, read anew for each login. Need not exist. Empty: none."},
 
 		{key: "unpack.workers", value: count(&c.Unpack.Workers, 0, 1024), fallback: "0",
-			doc: "Layers that are unpacked at once. 0: the number of CPUs."},
+			doc: "Layers that are unpacked at once. 0: 8, or the number of CPUs if that is more: most of them wait for bytes."},
 
 		{key: "snapshotter.mount", value: oneOf(&c.Snapshotter.Mount, "auto", "file", "loop", "directory"), fallback: "auto",
 			doc: "How a layer is mounted: EROFS from plain files (Linux 6.12), EROFS through loop devices, or unpacked into a directory. auto: the first of these that works."},

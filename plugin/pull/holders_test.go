@@ -8,6 +8,7 @@ import (
 	"net/http"
 	"path/filepath"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -238,6 +239,42 @@ func TestUnpackFollowsASlowClient(t *testing.T) {
 		if u.Error != "" {
 			t.Errorf("the unpack was given up while its client wrote: %s", u.Error)
 		}
+	}
+}
+
+// A pull fails and is tried again at once: the unpack that the first left waiting for bytes gets those of the second.
+func TestUnpackGoesOnWithARetry(t *testing.T) {
+	t.Parallel()
+	f := newFixture(t, false)
+	l, id := f.addLayer(t, 1, 1<<16)
+	var refuse atomic.Bool
+	refuse.Store(true)
+	f.answer = func(w http.ResponseWriter, _ *http.Request) bool {
+		if !refuse.Load() {
+			return false
+		}
+		w.WriteHeader(http.StatusNotFound)
+		return true
+	}
+	f.addImage(t, "default", []ocispec.Descriptor{l}, []digest.Digest{id})
+	f.Start(t.Context(), f.images)
+	if err := f.take(t, "default", l); err == nil {
+		t.Fatal("want the refusal, got a blob")
+	}
+	u := f.running(f.unpackKey("default", l.Digest, l.Size))
+	if u == nil {
+		t.Fatal("want the unpack to wait for bytes")
+	}
+	eventually(t, "the unpack to be without bytes", func() bool {
+		source, _ := u.current()
+		return source == nil
+	})
+	refuse.Store(false)
+	if err := f.take(t, "default", l); err != nil {
+		t.Fatal(err)
+	}
+	if got, err := u.wait(t.Context()); err != nil || got.DiffID != id {
+		t.Errorf("got %+v, %v; want the unpack that waited to have gone on to %s", got, err, id)
 	}
 }
 

@@ -74,7 +74,8 @@ type Puller struct {
 
 	mu      sync.Mutex
 	closed  bool
-	stop    context.CancelFunc // ends the catalog
+	stop    context.CancelFunc                 // ends what spawn began
+	spawn   func(do func(ctx context.Context)) // from Start on; called with mu held and before closed
 	images  map[imageKey]*image
 	unpacks map[unpackKey]*unpack
 	shunned map[string]time.Time // origin → until when
@@ -105,7 +106,8 @@ func (p *Puller) Start(ctx context.Context, blobs Blobs) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.blobs, p.stop = blobs, stop
-	p.wg.Go(func() { p.catalog.run(ctx, blobs) })
+	p.spawn = func(do func(context.Context)) { p.wg.Go(func() { do(ctx) }) }
+	p.spawn(func(ctx context.Context) { p.catalog.run(ctx, blobs) })
 }
 
 // Close ends all unpacks and leaves all transfers, and waits for them.
@@ -129,11 +131,52 @@ func (p *Puller) Close() error {
 }
 
 // Committed implements content.Observer.
-func (p *Puller) Committed(_ string, d digest.Digest, size int64) { p.catalog.announce(d, size) }
+func (p *Puller) Committed(namespace string, d digest.Digest, size int64) {
+	p.catalog.announce(d, size)
+	p.background(func(ctx context.Context) error { return p.served(ctx, namespace, d, size) }, d)
+}
+
+// served tells the transfers of each image that is complete with the blob d that
+// they need not be kept for a retry.
+func (p *Puller) served(ctx context.Context, namespace string, d digest.Digest, size int64) error {
+	if err := p.catalog.settle(ctx); err != nil {
+		return nil //nolint:nilerr // gantryd stops, and they are kept
+	}
+	transfers, err := p.transfers(namespace)
+	if err != nil {
+		return err
+	}
+	var errs []error
+	for _, m := range p.catalog.listing(d, size) {
+		if !p.complete(ctx, m) {
+			continue
+		}
+		for _, l := range m.layers {
+			errs = append(errs, transfers.Served(l.Digest))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// complete says whether the store shows all layers.
+func (p *Puller) complete(ctx context.Context, m *manifest) bool {
+	return !slices.ContainsFunc(m.layers, func(l ocispec.Descriptor) bool {
+		_, err := p.blobs.Info(ctx, l.Digest)
+		return err != nil
+	})
+}
 
 // Mismatched implements content.Observer: what the transfer left behind would
 // spoil the next try too.
-func (p *Puller) Mismatched(namespace string, d digest.Digest) { p.forget(namespace, d) }
+func (p *Puller) Mismatched(namespace string, d digest.Digest) {
+	p.background(func(context.Context) error {
+		m, err := p.transfers(namespace)
+		if err != nil {
+			return err
+		}
+		return m.Forget(d)
+	}, d)
+}
 
 // Deleted implements content.Observer.
 func (p *Puller) Deleted(d digest.Digest) {
@@ -141,24 +184,26 @@ func (p *Puller) Deleted(d digest.Digest) {
 	if p.isolated {
 		return // whose transfer it was is not known here; the sweep removes it
 	}
-	p.forget("", d)
+	// Freeing a large file takes its time, and containerd's garbage collection waits.
+	p.background(func(context.Context) error {
+		m, err := p.transfers("")
+		if err != nil {
+			return err
+		}
+		return m.ForgetServed(d)
+	}, d)
 }
 
-// forget removes a transfer that nobody uses, in the background.
-func (p *Puller) forget(namespace string, d digest.Digest) {
+// background does what nobody waits for, until Close.
+func (p *Puller) background(do func(ctx context.Context) error, d digest.Digest) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if p.closed {
+	if p.closed || p.spawn == nil {
 		return
 	}
-	// Freeing a large file takes its time, and containerd's garbage collection waits.
-	p.wg.Go(func() {
-		m, err := p.transfers(namespace)
-		if err == nil {
-			err = m.Forget(d)
-		}
-		if err != nil && !errdefs.IsNotFound(err) {
-			log.L.WithField("digest", d).WithError(err).Warn("removing a transfer")
+	p.spawn(func(ctx context.Context) {
+		if err := do(ctx); err != nil && !errdefs.IsNotFound(err) {
+			log.L.WithField("digest", d).WithError(err).Warn("the transfer of a blob is not tidied up")
 		}
 	})
 }

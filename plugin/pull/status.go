@@ -99,6 +99,7 @@ func (p *Puller) finished(u *unpack, sources []byteSource) status.Layer {
 	}
 	for _, s := range sources {
 		if t, ok := s.(transferSource); ok {
+			l.Fetched = t.Fetched()
 			wait, download, verify := t.Timings()
 			l.Seconds.Wait, l.Seconds.Download = wait.Seconds(), download.Seconds()
 			l.Seconds.Verify = max(l.Seconds.Verify, verify.Seconds())

@@ -196,6 +196,12 @@ func (p *Puller) unpack(ctx context.Context, key unpackKey, open func() (byteSou
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if u := p.unpacks[key]; u != nil {
+		if source, _ := u.current(); source == nil && !p.closed {
+			// Its last source failed, and it waits for a client to go on: this is one.
+			if source, err := open(); err == nil {
+				u.offer(source)
+			}
+		}
 		return u, nil
 	}
 	if p.closed {

@@ -40,6 +40,7 @@ type Transfer struct {
 	Size     int64         `json:"size"`     // bytes
 	Frontier int64         `json:"frontier"` // bytes without a gap from the start
 	Received int64         `json:"received"` // bytes that are there, in order or not
+	Fetched  int64         `json:"fetched"`  // bytes that came over the network since Started
 	Rate     float64       `json:"rate"`     // bytes a second
 	Phase    string        `json:"phase"`    // waiting, lock, fetching, verifying, complete, failed or kept
 	Hosts    []string      `json:"hosts,omitempty"`
@@ -70,6 +71,7 @@ type Layer struct {
 	DiffID    digest.Digest `json:"diff_id,omitempty"` // empty if the layer failed before it was known
 	Size      int64         `json:"size"`              // bytes of the blob
 	Written   int64         `json:"written"`           // bytes of the layer file
+	Fetched   int64         `json:"fetched"`           // bytes that gantryd fetched for it
 	Started   time.Time     `json:"started"`
 	Seconds   Seconds       `json:"seconds"`
 	Error     string        `json:"error,omitempty"`
