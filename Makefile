@@ -46,8 +46,8 @@ lint: $(LINTER) ## run golangci-lint
 	$(LINTER) run ./...
 
 .PHONY: bench
-bench: build peers ## pull time beside containerd's overlayfs as shipped (ROUNDS=5)
-	go run ./integration/bench -rounds $(or $(ROUNDS),5)
+bench: build peers ## pull times beside containerd's overlayfs as shipped, and memory (ROUNDS=5 ONLY=pull,wide,memory GB=10)
+	go run ./integration/bench -rounds $(or $(ROUNDS),5) -only $(or $(ONLY),pull,wide,memory) -gb $(or $(GB),10)
 
 .PHONY: install
 install: build ## install both programs under PREFIX (default /usr/local)

@@ -15,11 +15,11 @@ import (
 //   - It looks at windows of 150 ms or five times the latency, whichever is longer, and only at windows in which requests
 //     waited for a connection almost all the time: otherwise the limit was not what mattered.
 //   - A trial changes the limit, lets the connections settle for a moment, and compares a window with the rate before.
-//     A rise must bring a good part of what it adds, or it is undone. The first rises are by a half; once one brought
+//     A rise must bring a good part of what it adds in one window of two, or it is undone. The first rises are by a half; once one brought
 //     nothing they are by an eighth, and trials last three windows.
 //   - A rise that brings nothing is followed by trials of fewer connections: as long as the rate stays, fewer do as
 //     well, and a kill or a cut costs less. A latency to the first byte that doubled asks for such a trial, too.
-//   - Then it holds still, for two seconds at first and twice as long after each fruitless round, and tries again.
+//   - Then it holds still, for half a second at first and twice as long after each fruitless round, and tries again.
 //   - 429, 503 and refused connections halve the limit, at most once a window; connections that break in the middle do
 //     so once in two seconds. It comes back by one connection a window up to where it was, or to one below where
 //     the host said Retry-After.
@@ -33,7 +33,7 @@ const (
 	// A window has so many bytes of each connection, if it need not last longer than windowMax for that.
 	windowBytes = 128 << 10
 	settleMin   = 40 * time.Millisecond
-	pauseMin    = 2 * time.Second
+	pauseMin    = 500 * time.Millisecond
 	pauseMax    = time.Minute
 	breakPause  = 2 * time.Second
 
@@ -56,6 +56,7 @@ type control struct {
 	rate    float64
 	changed time.Time // when the limit was changed
 	gentle  bool      // steps are small
+	doubted bool      // the trial brought nothing in its first window
 	probe   time.Time // no rise is tried before
 	pause   time.Duration
 	known   int // the limit to come back to after a fall
@@ -139,7 +140,7 @@ func (c *control) openWindow(now time.Time) {
 
 func (c *control) set(now time.Time, limit int) {
 	if limit != c.limit {
-		c.limit, c.changed, c.open = limit, now, false
+		c.limit, c.changed, c.open, c.doubted = limit, now, false, false
 	}
 }
 
@@ -151,6 +152,8 @@ func (c *control) judge(now time.Time, rate float64) {
 	case c.limit > c.from && rate >= c.rate*(1+minGain*(float64(c.limit)/float64(c.from)-1)):
 		c.rate, c.pause = rate, pauseMin
 		c.rise(now)
+	case c.limit > c.from && !c.doubted:
+		c.doubted = true // this machine may have been busy with something else
 	case c.limit > c.from:
 		c.gentle = true
 		c.set(now, c.from)

@@ -2,6 +2,7 @@ package harness
 
 import (
 	"archive/tar"
+	"encoding/binary"
 	"fmt"
 	"io"
 	"io/fs"
@@ -64,6 +65,16 @@ func Symlink(name, target string) Entry {
 
 // Noise writes files of half compressible content, together size bytes, the same for the same seed.
 func Noise(prefix string, seed uint64, size int64, files int) TarFunc {
+	return generated(prefix, seed, size, files, noise)
+}
+
+// Random writes files that nothing compresses, as those are that were compressed before: models, archives, disks of
+// virtual machines. Together size bytes, the same for the same seed.
+func Random(prefix string, seed uint64, size int64, files int) TarFunc {
+	return generated(prefix, seed, size, files, random)
+}
+
+func generated(prefix string, seed uint64, size int64, files int, fill func(io.Writer, *rand.Rand, int64) error) TarFunc {
 	return func(w io.Writer) error {
 		tw := tar.NewWriter(w)
 		src := rand.New(rand.NewPCG(seed, seed))
@@ -72,7 +83,7 @@ func Noise(prefix string, seed uint64, size int64, files int) TarFunc {
 			if err := tw.WriteHeader(h); err != nil {
 				return err
 			}
-			if err := noise(tw, src, h.Size); err != nil {
+			if err := fill(tw, src, h.Size); err != nil {
 				return err
 			}
 		}
@@ -92,6 +103,22 @@ func noise(w io.Writer, src *rand.Rand, n int64) error {
 					part[j] = byte(v & 0x3f)
 				}
 			}
+		}
+		if _, err := w.Write(part); err != nil {
+			return err
+		}
+		n -= int64(len(part))
+	}
+	return nil
+}
+
+// random writes n random bytes.
+func random(w io.Writer, src *rand.Rand, n int64) error {
+	buf := make([]byte, 64<<10)
+	for n > 0 {
+		part := buf[:min(n, int64(len(buf)))]
+		for i := 0; i < len(buf); i += 8 {
+			binary.LittleEndian.PutUint64(buf[i:], src.Uint64())
 		}
 		if _, err := w.Write(part); err != nil {
 			return err
