@@ -20,7 +20,7 @@ func (s span) String() string { return fmt.Sprintf("bytes %d-%d", s.off, s.off+s
 // -1 for `*`. Anything else, spaces and signs included, is an error.
 func parseContentRange(value string) (got span, total int64, err error) {
 	bad := func() (span, int64, error) {
-		return span{}, 0, fmt.Errorf("content range %.100q is malformed: %w", value, errdefs.ErrFailedPrecondition)
+		return span{}, 0, fmt.Errorf("content range %.100q is malformed: %w", value, transfer.ErrWrongRange)
 	}
 	rest, ok := strings.CutPrefix(value, "bytes ")
 	if !ok {
@@ -66,7 +66,7 @@ func checkReply(resp *http.Response, asked span, size int64) (span, error) {
 	case http.StatusPartialContent:
 		values := resp.Header.Values("Content-Range")
 		if len(values) != 1 {
-			return span{}, fmt.Errorf("206 with %d content ranges instead of one: %w", len(values), errdefs.ErrFailedPrecondition)
+			return span{}, fmt.Errorf("206 with %d content ranges instead of one: %w", len(values), transfer.ErrWrongRange)
 		}
 		var total int64
 		var err error
@@ -77,7 +77,7 @@ func checkReply(resp *http.Response, asked span, size int64) (span, error) {
 			return span{}, fmt.Errorf("blob of %d bytes instead of %d: %w", total, size, transfer.ErrWrongSize)
 		}
 		if got.off != asked.off || got.n > asked.n {
-			return span{}, fmt.Errorf("%s instead of %s: %w", got, asked, errdefs.ErrFailedPrecondition)
+			return span{}, fmt.Errorf("%s instead of %s: %w", got, asked, transfer.ErrWrongRange)
 		}
 	default:
 		return span{}, fmt.Errorf("unexpected %s: %w", clean(resp.Status), errdefs.ErrFailedPrecondition)

@@ -239,6 +239,7 @@ func (j *job) noSource() error {
 type conn struct {
 	src    *source
 	span   *span
+	plain  bool // it asks for the whole blob: the host does not do ranges
 	begun  time.Time
 	cancel context.CancelCauseFunc
 
@@ -278,7 +279,7 @@ func (j *job) begin(at *hostState) *conn {
 		j.phase = PhaseWaiting
 	}
 	now := time.Now()
-	c := &conn{src: src, span: s, begun: now, last: now, mark: now, watch: now}
+	c := &conn{src: src, span: s, plain: h.ranges == rangesNo, begun: now, last: now, mark: now, watch: now}
 	j.conns[c] = struct{}{}
 	return c
 }
@@ -314,7 +315,12 @@ func (j *job) end(ctx context.Context, c *conn, got int64, err error) error {
 		src.host.fails = 0
 		return nil
 	}
-	j.lastErr = src.failed(got, err)
+	before := src.host.ranges
+	j.lastErr = src.failed(got, c.plain, err)
+	mistaken := src.host.ranges != before
+	if mistaken {
+		j.shared.hosts.learnRanges(src.host.shared, false)
+	}
 	if !isFinal(err) {
 		j.shared.hosts.failure(src.host.shared, c.begun, got, j.lastErr)
 	}
@@ -322,6 +328,8 @@ func (j *job) end(ctx context.Context, c *conn, got int64, err error) error {
 	switch {
 	case errors.Is(src.gone, errdefs.ErrFailedPrecondition):
 		l.Warn("host contradicts itself and is not asked for this blob any more")
+	case mistaken:
+		l.Warn("host mistakes ranges and is only asked for the whole of this blob")
 	case src.gone != nil:
 		l.Debug("host is not asked for this blob any more")
 	default:

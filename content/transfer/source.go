@@ -21,7 +21,8 @@ type Source interface {
 	// soon after it. Called by several goroutines at once.
 	//
 	// Final for this source: errdefs.ErrNotFound, ErrUnauthenticated, ErrPermissionDenied, and ErrFailedPrecondition
-	// when the reply contradicts the request. Everything else is tried again, no sooner than the error's
+	// when the reply contradicts the request. After ErrWrongRange the source is only asked for the whole blob, off 0, by
+	// one connection, in which it should not speak of ranges at all. Everything else is tried again, no sooner than the error's
 	// RetryAfter() time.Duration if it has that method.
 	Open(ctx context.Context, off, n int64) (Body, error)
 	// Tier orders the sources: those of the lowest tier that has one left share the chunks, and the next tier is asked
@@ -41,6 +42,10 @@ type Body struct {
 // errdefs.ErrFailedPrecondition. When all sources that answer say so, the transfer's error is one too: whoever stated
 // the size was wrong.
 var ErrWrongSize = fmt.Errorf("the size is not the one asked for: %w", errdefs.ErrFailedPrecondition)
+
+// ErrWrongRange is what a Source answers whose host sends another part than was asked for, or does not say which. It is
+// an errdefs.ErrFailedPrecondition. No byte of such a reply is stored.
+var ErrWrongRange = fmt.Errorf("the reply is not the range asked for: %w", errdefs.ErrFailedPrecondition)
 
 // A source is dropped for good on these.
 var finalErrors = []error{
@@ -120,10 +125,15 @@ func isAbsent(err error) bool {
 		errors.As(err, &dns) && dns.IsNotFound
 }
 
-// failed books the end of a connection that brought got bytes. Called with job.mu held.
-func (s *source) failed(got int64, err error) error {
+// failed books the end of a connection that brought got bytes. plain: it asked for the whole blob because the host does
+// not do ranges. Called with job.mu held.
+func (s *source) failed(got int64, plain bool, err error) error {
 	h := s.host
 	err = fmt.Errorf("host %s, attempt %d: %w", h.name, h.attempts, err)
+	if errors.Is(err, ErrWrongRange) && !plain {
+		h.ranges = rangesNo
+		return err
+	}
 	if isFinal(err) {
 		s.gone = err
 		return err
