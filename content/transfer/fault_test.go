@@ -133,6 +133,37 @@ func TestWrongRanges(t *testing.T) {
 	}
 }
 
+// TestOtherSizes has a host that says now and then that the blob has another size. It sent some of it as asked, so that is no
+// word against who stated the size: the blob is complete, and no more than once asked for as a whole.
+func TestOtherSizes(t *testing.T) {
+	t.Parallel()
+	for name, says := range map[string]func(call int) bool{
+		"at first":       func(call int) bool { return call == 1 },
+		"once":           func(call int) bool { return call == 4 },
+		"now and then":   func(call int) bool { return call%4 == 0 },
+		"from some time": func(call int) bool { return call > 3 },
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			synctest.Test(t, func(t *testing.T) {
+				data, b := randomBlob(3, 8<<20+999)
+				src := &fakeSource{host: "a", data: data, reply: func(_ context.Context, call int, _, n int64) (fakeReply, error) {
+					if n < b.Size && says(call) {
+						return fakeReply{}, fmt.Errorf("blob of 1 byte: %w", ErrWrongSize)
+					}
+					return fakeReply{}, nil
+				}}
+				m := newManager(t, t.TempDir(), Options{ChunkSize: 1 << 20})
+				h := join(t, m, b, src)
+				wait(t, h)
+				if got, err := readAll(t, h); err != nil || !bytes.Equal(got, data) {
+					t.Errorf("read %d bytes, %v", len(got), err)
+				}
+			})
+		})
+	}
+}
+
 // TestGivesUp shows when and how a transfer ends that cannot be completed.
 func TestGivesUp(t *testing.T) {
 	t.Parallel()

@@ -39,8 +39,8 @@ type Body struct {
 }
 
 // ErrWrongSize is what a Source answers that has the blob, but not with the size asked for. It is an
-// errdefs.ErrFailedPrecondition. When all sources that answer say so, the transfer's error is one too: whoever stated
-// the size was wrong.
+// errdefs.ErrFailedPrecondition. The source is asked once more, because one such reply among good ones is the host's
+// mistake. When all sources that answer say so, the transfer's error is one too: whoever stated the size was wrong.
 var ErrWrongSize = fmt.Errorf("the size is not the one asked for: %w", errdefs.ErrFailedPrecondition)
 
 // ErrWrongRange is what a Source answers whose host sends another part than was asked for, or does not say which. It is
@@ -90,6 +90,7 @@ type host struct {
 	conns    int   // under way
 	attempts int   // requests made
 	fails    int   // in a row, without progress
+	misfits  int   // replies with another size of the blob
 	received int64 // bytes, all generations
 }
 
@@ -130,6 +131,14 @@ func isAbsent(err error) bool {
 func (s *source) failed(got int64, plain bool, err error) error {
 	h := s.host
 	err = fmt.Errorf("host %s, attempt %d: %w", h.name, h.attempts, err)
+	if isWrongSize(err) {
+		if h.misfits++; h.misfits == 1 {
+			return err
+		}
+		if h.received > 0 { // it knew better before
+			err = fmt.Errorf("%s, which it did not say before: %w", err.Error(), ErrWrongRange)
+		}
+	}
 	if errors.Is(err, ErrWrongRange) && !plain {
 		h.ranges = rangesNo
 		return err
