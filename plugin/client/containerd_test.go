@@ -198,6 +198,8 @@ func TestFollowing(t *testing.T) {
 			Layer{Phase: PhaseFetching, Received: 700, Fetched: 400, Rate: 7}},
 		"containerd has fetched": {nil, with(report(transfer.PhaseFailed, 1, 400, 400), nil, &status.Layer{Started: began.Add(1), Fetched: 400}), event("complete", 1000),
 			Layer{Phase: PhaseDone, Received: 400, Fetched: 1000, Rate: 7, Read: 1000}},
+		"containerd has fetched, its layer file is there": {nil, report(transfer.PhaseFailed, 1, 400, 400), event("complete", 1000),
+			Layer{Phase: PhaseDone, Received: 400, Fetched: 1000, Rate: 7}},
 		"its layer file is there": {nil, report(transfer.PhaseComplete, 1, 1000, 0), event("complete", 1000), Layer{Phase: PhaseDone, Received: 1000, Rate: 7}},
 	} {
 		t.Run(name, func(t *testing.T) {

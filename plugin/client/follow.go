@@ -72,6 +72,13 @@ func (f *following) target(desc ocispec.Descriptor) {
 	f.image = desc
 }
 
+// resolved says whether the registry knows the reference.
+func (f *following) resolved() bool {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.image.Digest != ""
+}
+
 // until tells how far the pull is until it has ended, and returns how.
 func (f *following) until(ctx context.Context, ended <-chan error) error {
 	tick := time.NewTicker(tellEvery)
@@ -103,6 +110,17 @@ func (f *following) finish(ctx context.Context) (State, error) {
 		}
 	}
 	return s, nil
+}
+
+// failed tells how far a pull was that failed: most of it may have happened after the last look. It returns the layers.
+func (f *following) failed(ctx context.Context, err error) []Layer {
+	if ctx.Err() != nil {
+		return nil
+	}
+	s := f.snapshot(ctx)
+	s.Layers = noted(s.Layers, err)
+	f.pull.tell(s)
+	return s.Layers
 }
 
 // manifest reads the layers once containerd has stored the manifest.
@@ -173,10 +191,11 @@ func (f *following) layer(desc ocispec.Descriptor, r *status.Report, event ctran
 			l.Fetched = max(l.Fetched, x.Fetched)
 		}
 	}
-	if event.Event == eventComplete && l.Phase == PhaseUnpacking && l.Read == 0 {
+	left := ok && t.Phase == string(transfer.PhaseFailed)
+	if event.Event == eventComplete && l.Read == 0 && (l.Phase == PhaseUnpacking || left) {
 		l.Phase = PhaseDone // gantryd has its layer file already
 	}
-	if ok && t.Phase == string(transfer.PhaseFailed) && l.Phase == PhaseDone {
+	if left && l.Phase == PhaseDone {
 		l.Fetched += l.Size - t.Frontier // containerd fetched the rest
 	}
 	return l
