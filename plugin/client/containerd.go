@@ -21,6 +21,7 @@ import (
 	"github.com/containerd/errdefs/pkg/errgrpc"
 	"github.com/containerd/platforms"
 	"github.com/distribution/reference"
+	digest "github.com/opencontainers/go-digest"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials/insecure"
 
@@ -59,7 +60,7 @@ func (p *Pull) throughContainerd(ctx context.Context) (_ *Summary, err error) {
 	f := &following{
 		pull: p, state: p.state(ViaContainerd), store: client.ContentStore(),
 		report: func(ctx context.Context) (*status.Report, error) { return status.Get(ctx, gantryd) },
-		latest: &status.Report{}, events: events{}, seen: map[seenKey]seen{},
+		latest: &status.Report{}, events: events{}, loaded: map[digest.Digest]bool{}, seen: map[seenKey]seen{},
 	}
 	sum, err := p.transfer(ctx, client, f)
 	if err != nil {
