@@ -63,7 +63,7 @@ func isFinal(err error) bool {
 
 const (
 	backoffMin = 100 * time.Millisecond
-	backoffMax = 15 * time.Second
+	backoffMax = 5 * time.Second
 	// A connection that brought this much before it broke is replaced at once.
 	goodProgress = 64 << 10
 	// A host that ignores ranges sends everything from the start each time: so often without a new byte, then never again.

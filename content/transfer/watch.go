@@ -27,8 +27,12 @@ func (j *job) watch(ctx context.Context, stop context.CancelCauseFunc) {
 			return
 		}
 		tick := min(limit-idle, max(limit/10, time.Millisecond))
+		began := time.Now()
 		if sleep(ctx, tick) != nil {
 			return
+		}
+		if late := time.Since(began) - tick; late > tick {
+			j.progress.Add(int64(late)) // this process was stopped: what came meanwhile waits to be read
 		}
 		if j.queueing() {
 			j.progress.Add(int64(tick))
