@@ -196,7 +196,7 @@ func (f *following) layer(desc ocispec.Descriptor, r *status.Report, event ctran
 		l.Phase, l.Received = PhaseFetching, event.Progress // by containerd, where gantry cannot
 	}
 	left := ok && t.Phase == string(transfer.PhaseFailed)
-	if event.Event == eventExtracting && (left || f.alone(desc)) {
+	if event.Event == eventExtracting && (left || !ok) {
 		l.Phase, l.Received = PhaseUnpacking, l.Size
 	}
 	l.Fetched = f.fetched(desc)
