@@ -218,3 +218,19 @@ func TestFollowing(t *testing.T) {
 		})
 	}
 }
+
+// TestGantrydHangs wants no rate told that nobody vouches for any more.
+func TestGantrydHangs(t *testing.T) {
+	t.Parallel()
+	desc := ocispec.Descriptor{Digest: digest.FromString("layer"), Size: 1000}
+	f := &following{
+		layers: []ocispec.Descriptor{desc}, seen: map[seenKey]seen{}, loaded: map[digest.Digest]bool{},
+		latest: &status.Report{Transfers: []status.Transfer{
+			{Digest: desc.Digest, Size: desc.Size, Phase: string(transfer.PhaseFetching), Received: 400, Rate: 7, Started: time.Now()},
+		}},
+		report: func(context.Context) (*status.Report, error) { return nil, context.DeadlineExceeded },
+	}
+	if l := f.snapshot(t.Context()).Layers[0]; l.Rate != 0 || l.Received != 400 || l.Phase != PhaseFetching {
+		t.Errorf("got %+v, want what was there, and no rate", l)
+	}
+}

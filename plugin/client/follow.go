@@ -169,7 +169,11 @@ func (f *following) snapshot(ctx context.Context) State {
 	// Until the manifest is stored there is none to read; why a pull fails is told by the pull.
 	_ = f.manifest(ctx)
 	if r, err := f.report(ctx); err == nil {
-		f.latest = r // else containerd's events go on alone
+		f.latest = r
+	} else { // containerd's events go on alone
+		for i := range f.latest.Transfers {
+			f.latest.Transfers[i].Rate = 0
+		}
 	}
 	f.mu.Lock()
 	happened := maps.Clone(f.events)
