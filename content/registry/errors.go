@@ -18,6 +18,8 @@ import (
 	"unicode"
 
 	"github.com/containerd/errdefs"
+
+	"github.com/gantryd/gantry/content/transfer"
 )
 
 // MaxRetryAfter bounds what a host may ask for with Retry-After: that is how
@@ -66,6 +68,8 @@ func kindOfStatus(code int) error {
 		return errdefs.ErrUnauthenticated
 	case http.StatusForbidden, http.StatusUnavailableForLegalReasons:
 		return errdefs.ErrPermissionDenied
+	case http.StatusRequestedRangeNotSatisfiable:
+		return transfer.ErrWrongRange // only what lies within the blob is asked for
 	case http.StatusRequestTimeout, http.StatusTooEarly, http.StatusTooManyRequests:
 		return errdefs.ErrUnavailable
 	}

@@ -20,7 +20,7 @@ func (s span) String() string { return fmt.Sprintf("bytes %d-%d", s.off, s.off+s
 // -1 for `*`. Anything else, spaces and signs included, is an error.
 func parseContentRange(value string) (got span, total int64, err error) {
 	bad := func() (span, int64, error) {
-		return span{}, 0, fmt.Errorf("content range %.100q is malformed: %w", value, errdefs.ErrFailedPrecondition)
+		return span{}, 0, fmt.Errorf("content range %.100q is malformed: %w", value, transfer.ErrWrongRange)
 	}
 	rest, ok := strings.CutPrefix(value, "bytes ")
 	if !ok {
@@ -59,6 +59,8 @@ func parseDigits(s string) (int64, bool) {
 // was asked to; a 200 is the whole blob. Where the reply tells the blob's size
 // or its own length, both must be right. Only a Content-Range is taken as the
 // host's word on the size: a 200 of another length may be somebody's login page.
+// One that comes without its length is known by its type: stored, it would be
+// the start of the blob.
 func checkReply(resp *http.Response, asked span, size int64) (span, error) {
 	got := span{0, size}
 	switch resp.StatusCode {
@@ -66,7 +68,7 @@ func checkReply(resp *http.Response, asked span, size int64) (span, error) {
 	case http.StatusPartialContent:
 		values := resp.Header.Values("Content-Range")
 		if len(values) != 1 {
-			return span{}, fmt.Errorf("206 with %d content ranges instead of one: %w", len(values), errdefs.ErrFailedPrecondition)
+			return span{}, fmt.Errorf("206 with %d content ranges instead of one: %w", len(values), transfer.ErrWrongRange)
 		}
 		var total int64
 		var err error
@@ -77,10 +79,13 @@ func checkReply(resp *http.Response, asked span, size int64) (span, error) {
 			return span{}, fmt.Errorf("blob of %d bytes instead of %d: %w", total, size, transfer.ErrWrongSize)
 		}
 		if got.off != asked.off || got.n > asked.n {
-			return span{}, fmt.Errorf("%s instead of %s: %w", got, asked, errdefs.ErrFailedPrecondition)
+			return span{}, fmt.Errorf("%s instead of %s: %w", got, asked, transfer.ErrWrongRange)
 		}
 	default:
 		return span{}, fmt.Errorf("unexpected %s: %w", clean(resp.Status), errdefs.ErrFailedPrecondition)
+	}
+	if resp.StatusCode == http.StatusOK && resp.ContentLength < 0 && isPage(resp) {
+		return span{}, fmt.Errorf("a web page instead of the blob: %w", errdefs.ErrFailedPrecondition)
 	}
 	if resp.ContentLength >= 0 && resp.ContentLength != got.n {
 		return span{}, fmt.Errorf("reply of %d bytes instead of %d: %w", resp.ContentLength, got.n, errdefs.ErrFailedPrecondition)
@@ -89,4 +94,10 @@ func checkReply(resp *http.Response, asked span, size int64) (span, error) {
 		return span{}, fmt.Errorf("reply encoded as %.50q, which was not asked for: %w", enc, errdefs.ErrFailedPrecondition)
 	}
 	return got, nil
+}
+
+// isPage says whether a reply is for a person to read. A blob that is a page comes with its length.
+func isPage(resp *http.Response) bool {
+	kind, _, _ := strings.Cut(resp.Header.Get("Content-Type"), ";")
+	return strings.EqualFold(strings.TrimSpace(kind), "text/html")
 }

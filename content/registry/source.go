@@ -75,12 +75,12 @@ func (s *Source) Host() string { return s.ep.name }
 // is wanted when they fail.
 func (s *Source) Tier() int { return s.ep.tier }
 
-// Open requests n bytes from off, with one request unless the host asks for a
-// login or points elsewhere. ctx governs the body too, until it is closed. The
-// body ends after Body.N bytes, or with an error: ErrUnavailable when the
-// connection breaks, or brings nothing for the time of Options.StallTimeout.
-// Part of a blob that is empty is given without a request. Errors name neither
-// blob nor host: the transfer does, for all it tells.
+// Open requests n bytes from off, the whole blob without a word of ranges. It is
+// one request unless the host asks for a login or points elsewhere. ctx governs
+// the body too, until it is closed. The body ends after Body.N bytes, or with an
+// error: ErrUnavailable when the connection breaks, or brings nothing for the
+// time of Options.StallTimeout. Part of a blob that is empty is given without a
+// request. Errors name neither blob nor host: the transfer does, for all it tells.
 func (s *Source) Open(ctx context.Context, off, n int64) (transfer.Body, error) {
 	if s.size == 0 && off == 0 && n == 0 {
 		return transfer.Body{ReadCloser: http.NoBody}, nil
@@ -273,7 +273,9 @@ func (s *Source) send(ctx context.Context, to *place, asked span) (*reply, error
 	}
 	req.Header.Set("Accept", "*/*")
 	req.Header.Set("Accept-Encoding", "identity")
-	req.Header.Set("Range", fmt.Sprintf("bytes=%d-%d", asked.off, asked.off+asked.n-1))
+	if asked.n < s.size {
+		req.Header.Set("Range", fmt.Sprintf("bytes=%d-%d", asked.off, asked.off+asked.n-1))
+	}
 	if r.resp, err = s.ep.transport.RoundTrip(req); err != nil {
 		cancel(nil)
 		return nil, r.named(transportError(ctx, err))

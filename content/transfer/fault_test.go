@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"testing/synctest"
@@ -100,6 +101,70 @@ func TestOneHost(t *testing.T) {
 	}
 }
 
+// TestWrongRanges has a host that sends other parts than it was asked for, from some request on, and the whole blob to
+// who asks for that. None of the wrong bytes is stored, and the host is read as one plain stream.
+func TestWrongRanges(t *testing.T) {
+	t.Parallel()
+	for name, from := range map[string]int{"always": 1, "later": 6} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			synctest.Test(t, func(t *testing.T) {
+				data, b := randomBlob(2, 8<<20+999)
+				var whole atomic.Int32
+				src := &fakeSource{host: "a", data: data, reply: func(_ context.Context, call int, off, n int64) (fakeReply, error) {
+					switch {
+					case n == b.Size:
+						whole.Add(1)
+					case call >= from:
+						return fakeReply{off: off + 1, n: n}, nil
+					}
+					return fakeReply{}, nil
+				}}
+				m := newManager(t, t.TempDir(), Options{ChunkSize: 1 << 20})
+				h := join(t, m, b, src)
+				wait(t, h)
+				if got, err := readAll(t, h); err != nil || !bytes.Equal(got, data) {
+					t.Errorf("read %d bytes, %v", len(got), err)
+				}
+				if whole.Load() != 1 {
+					t.Errorf("the whole blob was asked for %d times, want once", whole.Load())
+				}
+			})
+		})
+	}
+}
+
+// TestOtherSizes has a host that says now and then that the blob has another size. It sent some of it as asked, so that is no
+// word against who stated the size: the blob is complete, and no more than once asked for as a whole.
+func TestOtherSizes(t *testing.T) {
+	t.Parallel()
+	for name, says := range map[string]func(call int) bool{
+		"at first":       func(call int) bool { return call == 1 },
+		"once":           func(call int) bool { return call == 4 },
+		"now and then":   func(call int) bool { return call%4 == 0 },
+		"from some time": func(call int) bool { return call > 3 },
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			synctest.Test(t, func(t *testing.T) {
+				data, b := randomBlob(3, 8<<20+999)
+				src := &fakeSource{host: "a", data: data, reply: func(_ context.Context, call int, _, n int64) (fakeReply, error) {
+					if n < b.Size && says(call) {
+						return fakeReply{}, fmt.Errorf("blob of 1 byte: %w", ErrWrongSize)
+					}
+					return fakeReply{}, nil
+				}}
+				m := newManager(t, t.TempDir(), Options{ChunkSize: 1 << 20})
+				h := join(t, m, b, src)
+				wait(t, h)
+				if got, err := readAll(t, h); err != nil || !bytes.Equal(got, data) {
+					t.Errorf("read %d bytes, %v", len(got), err)
+				}
+			})
+		})
+	}
+}
+
 // TestGivesUp shows when and how a transfer ends that cannot be completed.
 func TestGivesUp(t *testing.T) {
 	t.Parallel()
@@ -133,10 +198,10 @@ func TestGivesUp(t *testing.T) {
 		{"dies half-way", half(errReset), errdefs.ErrUnavailable, "no progress for 2m0s, 4194304 of 8389607 bytes are there", 2 * time.Minute, 2*time.Minute + time.Second, 4 << 20},
 		{"another place", func(_ context.Context, _ int, off, n int64) (fakeReply, error) {
 			return fakeReply{off: off + 1, n: n}, nil
-		}, errdefs.ErrFailedPrecondition, "asked for 1048576 bytes from 0", 0, 0, 0},
+		}, ErrWrongRange, "attempt 2: asked for 8389607 bytes from 0", 0, 0, 0},
 		{"more than asked for", func(_ context.Context, _ int, off, n int64) (fakeReply, error) {
 			return fakeReply{off: off, n: n + 1}, nil
-		}, errdefs.ErrFailedPrecondition, "the reply says 1048577", 0, 0, 0},
+		}, ErrWrongRange, "attempt 2: asked for 8389607 bytes from 0, the reply says 8389608", 0, 0, 0},
 		{"whole, always cut at the same place", func(context.Context, int, int64, int64) (fakeReply, error) {
 			return fakeReply{whole: true, cut: 1 << 20}, nil
 		}, errdefs.ErrUnavailable, "ended the reply early", 0, 10 * time.Second, 1 << 20},

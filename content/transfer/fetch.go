@@ -99,6 +99,9 @@ func (j *job) exchange(ctx context.Context, c *conn) (got int64, err error) {
 	j.mu.Lock()
 	c.cancel = cancel
 	off, n := c.span.off, c.span.end-c.span.off
+	if c.plain {
+		off, n = 0, j.blob.Size
+	}
 	_, live := j.ledger.live[c.span]
 	j.mu.Unlock()
 	if !live {
@@ -123,7 +126,7 @@ func (j *job) exchange(ctx context.Context, c *conn) (got int64, err error) {
 	buf := buffers.Get().(*[blockSize]byte)
 	defer buffers.Put(buf)
 	switch {
-	case body.Off == off && body.N > 0 && body.N <= n:
+	case !c.plain && body.Off == off && body.N > 0 && body.N <= n:
 		j.learn(c.src.host, rangesYes, n < j.blob.Size)
 		return j.store(in, off+body.N, buf[:])
 	case body.Off == 0 && (body.N < 0 || body.N == j.blob.Size):
@@ -132,7 +135,7 @@ func (j *job) exchange(ctx context.Context, c *conn) (got int64, err error) {
 		}
 		return j.plain(in, c.span, buf[:])
 	}
-	return 0, fmt.Errorf("asked for %d bytes from %d, the reply says %d from %d: %w", n, off, body.N, body.Off, errdefs.ErrFailedPrecondition)
+	return 0, fmt.Errorf("asked for %d bytes from %d, the reply says %d from %d: %w", n, off, body.N, body.Off, ErrWrongRange)
 }
 
 // learn notes whether a host honours ranges; false if it does not and one stream of it runs already.
@@ -176,7 +179,7 @@ func (j *job) patience(src *source) time.Duration {
 	if len(names) == 1 {
 		return j.opts.Stall
 	}
-	short := j.opts.FirstContact / time.Duration(len(names))
+	short := j.opts.FirstContact / time.Duration(max(len(names), 3))
 	return min(j.opts.Stall, short<<min(src.host.fails, 8))
 }
 

@@ -106,8 +106,8 @@ func (j *job) askable() ([]*hostState, time.Duration, error) {
 		}
 		return nil, wait, nil
 	}
-	now, alive := time.Now(), false
-	var ask []*hostState
+	now, alive, well := time.Now(), false, false
+	var ask, last []*hostState // last: only if nobody else is well
 	for _, tier := range j.tiers() {
 		down := true
 		for _, h := range tier {
@@ -116,18 +116,27 @@ func (j *job) askable() ([]*hostState, time.Duration, error) {
 				j.drop(h, v.absent)
 				continue
 			}
-			alive, down = true, down && v.down
+			quiet := j.quiet(h, now)
+			alive, down = true, down && (v.down || quiet)
+			well = well || v.well && !quiet && !v.until.After(now)
 			if v.until.After(now) {
 				wait = min(wait, v.until.Sub(now))
 			}
-			if h.conns == 0 || h.ranges == rangesYes && !j.farSlower(h) {
+			switch {
+			case h.conns > 0 && (h.ranges != rangesYes || j.farSlower(h)):
+			case v.shun || quiet:
+				last = append(last, h.shared)
+			default:
 				ask = append(ask, h.shared)
 			}
 		}
+		wait = min(wait, downTime)
 		if !down {
 			break
 		}
-		wait = min(wait, downTime)
+	}
+	if !well {
+		ask = append(ask, last...)
 	}
 	// What failed last is asked only if there is room nowhere else.
 	slices.SortStableFunc(ask, func(a, b *hostState) int { return cmp.Compare(j.ill(a), j.ill(b)) })
@@ -151,6 +160,21 @@ func (j *job) tiers() [][]*host {
 		tiers = append(tiers, byTier[tier])
 	}
 	return tiers
+}
+
+// quiet says whether a host is asked for something and brings nothing: time to ask the next tier, without giving up
+// what it may still send. Called with mu held.
+func (j *job) quiet(h *host, now time.Time) bool {
+	asked := false
+	for c := range j.conns {
+		if c.src.host == h {
+			if now.Sub(c.last) < downTime {
+				return false
+			}
+			asked = true
+		}
+	}
+	return asked
 }
 
 // ill is 0 for a host that is well and 1 for one that failed last.
@@ -239,6 +263,7 @@ func (j *job) noSource() error {
 type conn struct {
 	src    *source
 	span   *span
+	plain  bool // it asks for the whole blob: the host does not do ranges
 	begun  time.Time
 	cancel context.CancelCauseFunc
 
@@ -278,7 +303,7 @@ func (j *job) begin(at *hostState) *conn {
 		j.phase = PhaseWaiting
 	}
 	now := time.Now()
-	c := &conn{src: src, span: s, begun: now, last: now, mark: now, watch: now}
+	c := &conn{src: src, span: s, plain: h.ranges == rangesNo, begun: now, last: now, mark: now, watch: now}
 	j.conns[c] = struct{}{}
 	return c
 }
@@ -314,7 +339,12 @@ func (j *job) end(ctx context.Context, c *conn, got int64, err error) error {
 		src.host.fails = 0
 		return nil
 	}
-	j.lastErr = src.failed(got, err)
+	before := src.host.ranges
+	j.lastErr = src.failed(got, c.plain, err)
+	mistaken := src.host.ranges != before
+	if mistaken {
+		j.shared.hosts.learnRanges(src.host.shared, false)
+	}
 	if !isFinal(err) {
 		j.shared.hosts.failure(src.host.shared, c.begun, got, j.lastErr)
 	}
@@ -322,6 +352,8 @@ func (j *job) end(ctx context.Context, c *conn, got int64, err error) error {
 	switch {
 	case errors.Is(src.gone, errdefs.ErrFailedPrecondition):
 		l.Warn("host contradicts itself and is not asked for this blob any more")
+	case mistaken:
+		l.Warn("host mistakes ranges and is only asked for the whole of this blob")
 	case src.gone != nil:
 		l.Debug("host is not asked for this blob any more")
 	default:

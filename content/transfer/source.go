@@ -21,7 +21,8 @@ type Source interface {
 	// soon after it. Called by several goroutines at once.
 	//
 	// Final for this source: errdefs.ErrNotFound, ErrUnauthenticated, ErrPermissionDenied, and ErrFailedPrecondition
-	// when the reply contradicts the request. Everything else is tried again, no sooner than the error's
+	// when the reply contradicts the request. After ErrWrongRange the source is only asked for the whole blob, off 0, by
+	// one connection, in which it should not speak of ranges at all. Everything else is tried again, no sooner than the error's
 	// RetryAfter() time.Duration if it has that method. An error names neither blob nor host: the transfer does.
 	Open(ctx context.Context, off, n int64) (Body, error)
 	// Tier orders the sources: those of the lowest tier that has one left share the chunks, and the next tier is asked
@@ -38,9 +39,13 @@ type Body struct {
 }
 
 // ErrWrongSize is what a Source answers that has the blob, but not with the size asked for. It is an
-// errdefs.ErrFailedPrecondition. When all sources that answer say so, the transfer's error is one too: whoever stated
-// the size was wrong.
+// errdefs.ErrFailedPrecondition. The source is asked once more, because one such reply among good ones is the host's
+// mistake. When all sources that answer say so, the transfer's error is one too: whoever stated the size was wrong.
 var ErrWrongSize = fmt.Errorf("the size is not the one asked for: %w", errdefs.ErrFailedPrecondition)
+
+// ErrWrongRange is what a Source answers whose host sends another part than was asked for, or does not say which. It is
+// an errdefs.ErrFailedPrecondition. No byte of such a reply is stored.
+var ErrWrongRange = fmt.Errorf("the reply is not the range asked for: %w", errdefs.ErrFailedPrecondition)
 
 // A source is dropped for good on these.
 var finalErrors = []error{
@@ -85,6 +90,7 @@ type host struct {
 	conns    int   // under way
 	attempts int   // requests made
 	fails    int   // in a row, without progress
+	misfits  int   // replies with another size of the blob
 	received int64 // bytes, all generations
 }
 
@@ -120,10 +126,23 @@ func isAbsent(err error) bool {
 		errors.As(err, &dns) && dns.IsNotFound
 }
 
-// failed books the end of a connection that brought got bytes. Called with job.mu held.
-func (s *source) failed(got int64, err error) error {
+// failed books the end of a connection that brought got bytes. plain: it asked for the whole blob because the host does
+// not do ranges. Called with job.mu held.
+func (s *source) failed(got int64, plain bool, err error) error {
 	h := s.host
 	err = fmt.Errorf("host %s, attempt %d: %w", h.name, h.attempts, err)
+	if isWrongSize(err) {
+		if h.misfits++; h.misfits == 1 {
+			return err
+		}
+		if h.received > 0 { // it knew better before
+			err = fmt.Errorf("%s, which it did not say before: %w", err.Error(), ErrWrongRange)
+		}
+	}
+	if errors.Is(err, ErrWrongRange) && !plain {
+		h.ranges = rangesNo
+		return err
+	}
 	if isFinal(err) {
 		s.gone = err
 		return err

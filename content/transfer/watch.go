@@ -89,7 +89,7 @@ const (
 	overtakeTick = 250 * time.Millisecond
 	// A connection is overtaken when it is so many times slower than another would be, and that would save so much time.
 	overtakePace = 4
-	overtakeGain = 2 * time.Second
+	overtakeGain = time.Second / 2
 	// What stands still for so long is asked for again, at first; twice as long the next time.
 	overtakeStill = 3 * time.Second
 	// So slow is not worth having while there is a host that was never asked, in bytes a second.
@@ -129,7 +129,11 @@ func (j *job) untried() bool {
 
 // speed is what a connection brings now, in bytes a second; false if it is too young to tell.
 func (c *conn) speed(now time.Time) (float64, bool) {
-	if d := now.Sub(c.mark); d >= 2*time.Second {
+	young := 2 * time.Second
+	if c.pace == 0 && c.got > 0 {
+		young = time.Second / 2 // better than nothing
+	}
+	if d := now.Sub(c.mark); d >= young {
 		return float64(c.got-c.since) / d.Seconds(), true
 	}
 	return c.pace, c.pace > 0
