@@ -202,7 +202,9 @@ func TestFollowing(t *testing.T) {
 			Layer{Phase: PhaseDone, Received: 400, Fetched: 1000, Rate: 7}},
 		"containerd alone fetches":     {nil, &status.Report{}, event("downloading", 700), Layer{Phase: PhaseFetching, Received: 700, Fetched: 700}},
 		"containerd alone has fetched": {nil, &status.Report{}, event("complete", 1000), Layer{Phase: PhaseWaiting, Fetched: 1000}},
-		"its layer file is there":      {nil, report(transfer.PhaseComplete, 1, 1000, 0), event("complete", 1000), Layer{Phase: PhaseDone, Received: 1000, Rate: 7}},
+		"its transfer is over": {report(transfer.PhaseVerifying, 1, 1000, 1000), &status.Report{}, waiting,
+			Layer{Phase: PhaseUnpacking, Received: 1000, Fetched: 1000}},
+		"its layer file is there": {nil, report(transfer.PhaseComplete, 1, 1000, 0), event("complete", 1000), Layer{Phase: PhaseDone, Received: 1000, Rate: 7}},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()

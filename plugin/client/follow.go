@@ -54,7 +54,10 @@ type seenKey struct {
 }
 
 // seen is how many bytes a transfer had fetched when the pull first saw it, and when it last did.
-type seen struct{ first, last int64 }
+type seen struct {
+	first, last int64
+	whole       bool // all bytes were there
+}
 
 // event takes one of containerd's.
 func (f *following) event(p ctransfer.Progress) {
@@ -195,6 +198,8 @@ func (f *following) layer(desc ocispec.Descriptor, r *status.Report, event ctran
 	t, ok := f.transferOf(desc, r)
 	if ok {
 		l.transferred(t)
+	} else if l.Phase == PhaseWaiting && f.wasWhole(desc) {
+		l.Phase, l.Received = PhaseUnpacking, l.Size // gantryd is done with the transfer
 	}
 	if event.Event == eventDownloading && event.Progress > l.Received && l.Phase != PhaseExists {
 		l.Phase, l.Received = PhaseFetching, event.Progress // by containerd, where gantry cannot
@@ -270,10 +275,20 @@ func (f *following) transferOf(desc ocispec.Descriptor, r *status.Report) (found
 		if !known && !ours {
 			s.first = t.Fetched
 		}
-		s.last = max(s.last, t.Fetched)
+		s.last, s.whole = max(s.last, t.Fetched), t.Received == t.Size
 		f.seen[key] = s
 	}
 	return found, ok
+}
+
+// wasWhole says whether a transfer that gantryd tells of no more had all bytes.
+func (f *following) wasWhole(desc ocispec.Descriptor) bool {
+	for key, s := range f.seen {
+		if s.whole && key.blob.Digest == desc.Digest && key.blob.Size == desc.Size {
+			return true
+		}
+	}
+	return false
 }
 
 // fetched is what gantryd fetched of a layer during this pull, as far as it was seen.
