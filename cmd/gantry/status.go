@@ -23,6 +23,8 @@ import (
 	"github.com/gantryd/gantry/plugin/status"
 )
 
+var errNoAnswer = fmt.Errorf("no answer within %s: it hangs, is stopped or is very busy", answerWithin)
+
 // answerWithin is how long gantryd may take to tell its status.
 const answerWithin = 10 * time.Second
 
@@ -62,7 +64,7 @@ func runStatus(ctx context.Context, c *config.Config, flags *flag.FlagSet, stdou
 
 // fetch asks the gantryd at address.
 func fetch(ctx context.Context, address string) (_ *status.Report, err error) {
-	ctx, cancel := context.WithTimeout(ctx, answerWithin)
+	ctx, cancel := context.WithTimeoutCause(ctx, answerWithin, errNoAnswer)
 	defer cancel()
 	if err := reachable(ctx, address); err != nil {
 		return nil, err
@@ -74,6 +76,9 @@ func fetch(ctx context.Context, address string) (_ *status.Report, err error) {
 	}
 	defer func() { err = errors.Join(err, conn.Close()) }()
 	report, err := status.Get(ctx, conn)
+	if errors.Is(context.Cause(ctx), errNoAnswer) {
+		return nil, fmt.Errorf("gantryd at %s: %w (systemctl status gantryd)", address, errNoAnswer)
+	}
 	if err != nil {
 		return nil, fmt.Errorf("gantryd at %s: %w", address, err)
 	}

@@ -64,7 +64,7 @@ func (p *Pull) throughContainerd(ctx context.Context) (_ *Summary, err error) {
 	}
 	sum, err := p.transfer(ctx, client, f)
 	if err != nil {
-		return nil, p.explain(err, f.failed(ctx, err))
+		return nil, p.explain(p.withoutGantryd(ctx, err), f.failed(ctx, err))
 	}
 	return sum, nil
 }

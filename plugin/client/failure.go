@@ -1,6 +1,7 @@
 package client
 
 import (
+	"context"
 	"fmt"
 	"strings"
 
@@ -58,6 +59,20 @@ func (p *Pull) aboutLayer(text string, layers []Layer) string {
 		}
 	}
 	return ""
+}
+
+// withoutGantryd says so where a pull failed for want of gantryd: of that containerd knows only a broken connection.
+func (p *Pull) withoutGantryd(ctx context.Context, err error) error {
+	running, _ := listens(ctx, p.config.Address)
+	switch {
+	case ctx.Err() != nil:
+		return err
+	case !running:
+		return fmt.Errorf("gantryd has ended, nobody answers at %s any more (systemctl status gantryd): %w", p.config.Address, err)
+	case strings.Contains(err.Error(), p.config.Address):
+		return fmt.Errorf("containerd has not found gantryd again since it was away, pull again in some seconds: %w", err)
+	}
+	return err
 }
 
 // aboutLogin says which login a registry refused, and where it comes from.

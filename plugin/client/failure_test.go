@@ -4,6 +4,7 @@ import (
 	"encoding/base64"
 	"errors"
 	"fmt"
+	"net"
 	"net/http"
 	"os"
 	"path/filepath"
@@ -106,5 +107,32 @@ func TestRefusedLogin(t *testing.T) {
 		if err == nil || strings.Count(err.Error(), tc.want) != 1 || strings.Contains(err.Error(), "wrong-secret") {
 			t.Errorf("%s: got %v, want %q in it once", name, err, tc.want)
 		}
+	}
+}
+
+// TestGantrydGone has gantryd end during a pull, and come back before containerd has noticed.
+func TestGantrydGone(t *testing.T) {
+	t.Parallel()
+	c := node(t)
+	c.Address = filepath.Join(t.TempDir(), "gantry.sock")
+	p, err := New(c, Options{Ref: "r.example/a:1"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	reset := errors.New("dial unix " + c.Address + ": connection refused")
+	if got := p.withoutGantryd(t.Context(), reset); !strings.Contains(got.Error(), "gantryd has ended, nobody answers at "+c.Address) {
+		t.Errorf("got %v, want that gantryd has ended", got)
+	}
+	l, err := new(net.ListenConfig).Listen(t.Context(), "unix", c.Address)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close() //nolint:errcheck // nothing was sent
+	if got := p.withoutGantryd(t.Context(), reset); !strings.Contains(got.Error(), "pull again in some seconds") || !errors.Is(got, reset) {
+		t.Errorf("got %v, want what to do", got)
+	}
+	other := errors.New("another")
+	if got := p.withoutGantryd(t.Context(), other); got.Error() != other.Error() {
+		t.Errorf("got %v, want it as it was", got)
 	}
 }

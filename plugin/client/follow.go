@@ -54,7 +54,10 @@ type seenKey struct {
 }
 
 // seen is how many bytes a transfer had fetched when the pull first saw it, and when it last did.
-type seen struct{ first, last int64 }
+type seen struct {
+	first, last int64
+	whole       bool // all bytes were there
+}
 
 // event takes one of containerd's.
 func (f *following) event(p ctransfer.Progress) {
@@ -169,7 +172,11 @@ func (f *following) snapshot(ctx context.Context) State {
 	// Until the manifest is stored there is none to read; why a pull fails is told by the pull.
 	_ = f.manifest(ctx)
 	if r, err := f.report(ctx); err == nil {
-		f.latest = r // else containerd's events go on alone
+		f.latest = r
+	} else { // containerd's events go on alone
+		for i := range f.latest.Transfers {
+			f.latest.Transfers[i].Rate = 0
+		}
 	}
 	f.mu.Lock()
 	happened := maps.Clone(f.events)
@@ -191,12 +198,14 @@ func (f *following) layer(desc ocispec.Descriptor, r *status.Report, event ctran
 	t, ok := f.transferOf(desc, r)
 	if ok {
 		l.transferred(t)
+	} else if l.Phase == PhaseWaiting && f.wasWhole(desc) {
+		l.Phase, l.Received = PhaseUnpacking, l.Size // gantryd is done with the transfer
 	}
 	if event.Event == eventDownloading && event.Progress > l.Received && l.Phase != PhaseExists {
 		l.Phase, l.Received = PhaseFetching, event.Progress // by containerd, where gantry cannot
 	}
 	left := ok && t.Phase == string(transfer.PhaseFailed)
-	if event.Event == eventExtracting && (left || f.alone(desc)) {
+	if event.Event == eventExtracting && (left || !ok) {
 		l.Phase, l.Received = PhaseUnpacking, l.Size
 	}
 	l.Fetched = f.fetched(desc)
@@ -266,10 +275,20 @@ func (f *following) transferOf(desc ocispec.Descriptor, r *status.Report) (found
 		if !known && !ours {
 			s.first = t.Fetched
 		}
-		s.last = max(s.last, t.Fetched)
+		s.last, s.whole = max(s.last, t.Fetched), t.Received == t.Size
 		f.seen[key] = s
 	}
 	return found, ok
+}
+
+// wasWhole says whether a transfer that gantryd tells of no more had all bytes.
+func (f *following) wasWhole(desc ocispec.Descriptor) bool {
+	for key, s := range f.seen {
+		if s.whole && key.blob.Digest == desc.Digest && key.blob.Size == desc.Size {
+			return true
+		}
+	}
+	return false
 }
 
 // fetched is what gantryd fetched of a layer during this pull, as far as it was seen.
