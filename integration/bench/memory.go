@@ -18,8 +18,8 @@ import (
 
 // Layers of the memory scenario's images, bytes uncompressed. Two images are pulled at a time.
 const (
-	randomLayer = 800_000_000
-	textLayer   = 500_000_000
+	randomLayer = 900_000_000
+	textLayer   = 300_000_000
 )
 
 // memory pulls many gigabytes at full speed and tells the most memory that gantryd ever had (VmHWM of proc(5)).
@@ -70,8 +70,8 @@ func large(seed uint64) harness.ImageSpec {
 	var spec harness.ImageSpec
 	for i := range uint64(2) {
 		spec.Layers = append(spec.Layers,
-			harness.LayerSpec{Tar: harness.Random("random", 4*seed+2*i, randomLayer, 3)},
-			harness.LayerSpec{Tar: harness.Text("text", 4*seed+2*i+1, textLayer, 300)})
+			harness.LayerSpec{Tar: harness.Random("random", 4*seed+2*i, randomLayer, 3), Compression: harness.GzipFast},
+			harness.LayerSpec{Tar: harness.Text("text", 4*seed+2*i+1, textLayer, 300), Compression: harness.GzipFast})
 	}
 	return spec
 }
