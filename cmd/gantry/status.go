@@ -34,8 +34,9 @@ Asks gantryd, at the address in FILE, what it is doing:
   TRANSFERS  blobs on their way from a registry, and those that ended a moment ago. DONE: without a gap from the
              start. RECEIVED: in any order. CONNS: requests under way. USERS: how many hold the transfer: clients, the
              unpack, and the pull of the image as a whole. After the hosts: the last error, also of a try that is repeated.
-             PHASE lock: another process fetches the blob and is followed. kept: what an earlier process left; the
-             next pull goes on from there, and it is removed when it was not written for transfer.keep_partial.
+             PHASE lock: another process fetches the blob and is followed. kept: what another process left or is just
+             fetching, written so long ago; the next pull goes on from there, and it is removed when it was not written
+             for transfer.keep_partial.
   UNPACKS    layers being decompressed and written, while their blob arrives
   LAYERS     layers that ended last, well or with an error, and the seconds they spent where. The parts overlap.
              A layer that was on disk already is not unpacked again and is missing here.
