@@ -59,6 +59,8 @@ func parseDigits(s string) (int64, bool) {
 // was asked to; a 200 is the whole blob. Where the reply tells the blob's size
 // or its own length, both must be right. Only a Content-Range is taken as the
 // host's word on the size: a 200 of another length may be somebody's login page.
+// One that comes without its length is known by its type: stored, it would be
+// the start of the blob.
 func checkReply(resp *http.Response, asked span, size int64) (span, error) {
 	got := span{0, size}
 	switch resp.StatusCode {
@@ -82,6 +84,9 @@ func checkReply(resp *http.Response, asked span, size int64) (span, error) {
 	default:
 		return span{}, fmt.Errorf("unexpected %s: %w", clean(resp.Status), errdefs.ErrFailedPrecondition)
 	}
+	if resp.StatusCode == http.StatusOK && resp.ContentLength < 0 && isPage(resp) {
+		return span{}, fmt.Errorf("a web page instead of the blob: %w", errdefs.ErrFailedPrecondition)
+	}
 	if resp.ContentLength >= 0 && resp.ContentLength != got.n {
 		return span{}, fmt.Errorf("reply of %d bytes instead of %d: %w", resp.ContentLength, got.n, errdefs.ErrFailedPrecondition)
 	}
@@ -89,4 +94,10 @@ func checkReply(resp *http.Response, asked span, size int64) (span, error) {
 		return span{}, fmt.Errorf("reply encoded as %.50q, which was not asked for: %w", enc, errdefs.ErrFailedPrecondition)
 	}
 	return got, nil
+}
+
+// isPage says whether a reply is for a person to read. A blob that is a page comes with its length.
+func isPage(resp *http.Response) bool {
+	kind, _, _ := strings.Cut(resp.Header.Get("Content-Type"), ";")
+	return strings.EqualFold(strings.TrimSpace(kind), "text/html")
 }

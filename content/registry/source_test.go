@@ -119,6 +119,8 @@ func TestReplies(t *testing.T) {
 		{name: "200 of another size", h: reply(200, blob[1:], "Content-Length", fmt.Sprint(len(blob)-1)), is: errdefs.IsFailedPrecondition},
 		{name: "200, chunked, too long", h: chunked(200, append(bytes.Clone(blob), 1)), is: errdefs.IsFailedPrecondition},
 		{name: "200, chunked, too short", h: chunked(200, blob[1:]), is: errdefs.IsUnavailable},
+		{name: "200, a page", h: chunked(200, []byte("<html>log in"), "Content-Type", "text/html; charset=utf-8"), is: errdefs.IsFailedPrecondition},
+		{name: "200, a blob that is a page", h: reply(200, blob, "Content-Type", "text/html", "Content-Length", fmt.Sprint(len(blob))), want: blob},
 		{name: "no content range", h: reply(206, part), is: errdefs.IsFailedPrecondition},
 		{name: "two content ranges", h: reply(206, part, "Content-Range", good, "Content-Range", good), is: errdefs.IsFailedPrecondition},
 		{name: "another offset", h: reply(206, part, "Content-Range", fmt.Sprintf("bytes 5001-6000/%d", len(blob))), is: errdefs.IsFailedPrecondition},
@@ -169,7 +171,9 @@ func TestReplies(t *testing.T) {
 			if !c.is(err) {
 				t.Fatalf("error %v", err)
 			}
-			contains(t, err, blobDigest.String(), h.addr())
+			if text := err.Error(); strings.Contains(text, blobDigest.String()) || strings.Contains(text, h.addr()) {
+				t.Errorf("the transfer names blob and host, and then the error does again: %s", text)
+			}
 			if len(err.Error()) > 700 || strings.ContainsAny(err.Error(), "\x7f\u202e\n") {
 				t.Errorf("error unfit for a log: %q", err)
 			}

@@ -179,7 +179,7 @@ func (j *job) patience(src *source) time.Duration {
 	if len(names) == 1 {
 		return j.opts.Stall
 	}
-	short := j.opts.FirstContact / time.Duration(len(names))
+	short := j.opts.FirstContact / time.Duration(max(len(names), 3))
 	return min(j.opts.Stall, short<<min(src.host.fails, 8))
 }
 

@@ -36,6 +36,11 @@ const (
 	maxRetryAfter = 2 * time.Minute
 	// Mirrors that failed for so long are no reason to wait with the next tier.
 	downTime = 2 * time.Second
+	// For so long nobody asks a host again where nobody listens.
+	absentTime = 15 * time.Second
+	// A host that was waited for in vain is left alone for so long at first, if another one is well: a chunk that it is
+	// asked for is held up while nothing comes.
+	shunTime = 15 * time.Second
 	// A host that is so many times slower than another is a last resort.
 	farSlower = 10
 	// Paces are compared for so long.
@@ -68,6 +73,7 @@ type hostState struct {
 	fails   int       // rounds of failures in a row; those that began before a failure was seen count with it
 	failed  time.Time // when the last one was counted
 	down    time.Time // when the first of them was asked
+	shunned time.Time // not asked before, while another host is well
 	lastErr error     // of them; nil while the host is well
 	absent  error     // nobody listens there
 
@@ -271,6 +277,7 @@ type view struct {
 	until  time.Time
 	down   bool // has failed for some time, or will not answer for some
 	well   bool // did not fail last
+	shun   bool // to find out whether it is well again would hold up a chunk
 	told   bool // said that it wants to be left alone now
 	pace   float64
 	absent error
@@ -283,11 +290,12 @@ func (hs *Hosts) look(h *hostState) view {
 	defer hs.mu.Unlock()
 	now := time.Now()
 	v := view{until: h.until, told: h.told.After(now), well: h.fails == 0, absent: h.absent, latency: h.control.latency}
+	v.shun = h.fails > 0 && h.shunned.After(now)
 	v.down = h.fails > 0 && now.Sub(h.down) >= downTime || h.until.Sub(now) >= downTime
 	if now.Sub(h.paced) < paceTime {
 		v.pace = h.pace
 	}
-	if h.absent != nil && now.Sub(h.failed) > backoffMax {
+	if h.absent != nil && now.Sub(h.failed) > absentTime {
 		v.absent = nil // perhaps somebody is there again
 	}
 	return v
@@ -348,6 +356,7 @@ func (hs *Hosts) failure(h *hostState, begun time.Time, got int64, err error) {
 		}
 		if isOurs(err) {
 			h.down = now.Add(-downTime) // it was waited for long enough
+			h.shunned = now.Add(shunTime << min(h.fails-1, 3))
 		}
 		h.failed = now
 		wait = backoff(h.fails)

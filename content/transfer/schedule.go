@@ -106,8 +106,8 @@ func (j *job) askable() ([]*hostState, time.Duration, error) {
 		}
 		return nil, wait, nil
 	}
-	now, alive := time.Now(), false
-	var ask []*hostState
+	now, alive, well := time.Now(), false, false
+	var ask, last []*hostState // last: only if nobody else is well
 	for _, tier := range j.tiers() {
 		down := true
 		for _, h := range tier {
@@ -116,18 +116,27 @@ func (j *job) askable() ([]*hostState, time.Duration, error) {
 				j.drop(h, v.absent)
 				continue
 			}
-			alive, down = true, down && v.down
+			quiet := j.quiet(h, now)
+			alive, down = true, down && (v.down || quiet)
+			well = well || v.well && !quiet && !v.until.After(now)
 			if v.until.After(now) {
 				wait = min(wait, v.until.Sub(now))
 			}
-			if h.conns == 0 || h.ranges == rangesYes && !j.farSlower(h) {
+			switch {
+			case h.conns > 0 && (h.ranges != rangesYes || j.farSlower(h)):
+			case v.shun || quiet:
+				last = append(last, h.shared)
+			default:
 				ask = append(ask, h.shared)
 			}
 		}
+		wait = min(wait, downTime)
 		if !down {
 			break
 		}
-		wait = min(wait, downTime)
+	}
+	if !well {
+		ask = append(ask, last...)
 	}
 	// What failed last is asked only if there is room nowhere else.
 	slices.SortStableFunc(ask, func(a, b *hostState) int { return cmp.Compare(j.ill(a), j.ill(b)) })
@@ -151,6 +160,21 @@ func (j *job) tiers() [][]*host {
 		tiers = append(tiers, byTier[tier])
 	}
 	return tiers
+}
+
+// quiet says whether a host is asked for something and brings nothing: time to ask the next tier, without giving up
+// what it may still send. Called with mu held.
+func (j *job) quiet(h *host, now time.Time) bool {
+	asked := false
+	for c := range j.conns {
+		if c.src.host == h {
+			if now.Sub(c.last) < downTime {
+				return false
+			}
+			asked = true
+		}
+	}
+	return asked
 }
 
 // ill is 0 for a host that is well and 1 for one that failed last.
@@ -193,11 +217,11 @@ func (j *job) claimable() bool {
 	return len(j.ledger.gaps) > 0 && j.ledger.gaps[0].off < j.horizon()
 }
 
-// drop ends all sources of a host. Called with mu held.
+// drop ends all sources of a host, with the error that another transfer had from it. Called with mu held.
 func (j *job) drop(h *host, err error) {
 	for _, s := range j.sources {
 		if s.host == h && s.gone == nil {
-			s.gone = fmt.Errorf("host %s, attempt %d: %w", h.name, h.attempts, err)
+			s.gone = err
 		}
 	}
 }

@@ -79,6 +79,46 @@ func TestAbsentHostIsKnown(t *testing.T) {
 	})
 }
 
+// TestSilentMirror has mirrors that take requests and never answer, before a good server: the first blob loses a moment,
+// those after it none.
+func TestSilentMirror(t *testing.T) {
+	t.Parallel()
+	silent := func(ctx context.Context, _ int, _, _ int64) (fakeReply, error) {
+		<-ctx.Done()
+		return fakeReply{}, context.Cause(ctx)
+	}
+	for name, last := range map[string]int{"from the start": 0, "half-way": 8} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			synctest.Test(t, func(t *testing.T) {
+				m := newManager(t, t.TempDir(), Options{ChunkSize: 1 << 20})
+				for i := range 4 {
+					data, b := randomBlob(byte(i), 16<<20)
+					mirror := &fakeSource{host: "mirror", data: data, reply: func(ctx context.Context, call int, off, n int64) (fakeReply, error) {
+						if i > 0 || call > last {
+							return silent(ctx, call, off, n)
+						}
+						return fakeReply{latency: 10 * time.Millisecond}, nil
+					}}
+					origin := &fakeSource{host: "origin", tier: 1, data: data}
+					start := time.Now()
+					wait(t, join(t, m, b, mirror, origin))
+					took, most := time.Since(start), 2*time.Second
+					if last > 0 {
+						most = 6 * time.Second
+					}
+					if i > 0 {
+						most = 0
+					}
+					if took > most {
+						t.Errorf("blob %d: took %s, want at most %s", i, took, most)
+					}
+				}
+			})
+		})
+	}
+}
+
 func TestTiers(t *testing.T) {
 	t.Parallel()
 	fail := func(err error) func(context.Context, int, int64, int64) (fakeReply, error) {

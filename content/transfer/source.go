@@ -22,8 +22,8 @@ type Source interface {
 	//
 	// Final for this source: errdefs.ErrNotFound, ErrUnauthenticated, ErrPermissionDenied, and ErrFailedPrecondition
 	// when the reply contradicts the request. After ErrWrongRange the source is only asked for the whole blob, off 0, by
-	// one connection, in which it should not speak of ranges at all. Everything else is tried again, no sooner than the error's
-	// RetryAfter() time.Duration if it has that method.
+	// one connection, in which it should not speak of ranges at all. Everything else is tried again, no sooner than the
+	// error's RetryAfter() time.Duration if it has that method. An error names neither blob nor host: the transfer does.
 	Open(ctx context.Context, off, n int64) (Body, error)
 	// Tier orders the sources: those of the lowest tier that has one left share the chunks, and the next tier is asked
 	// when none is left there or all of them have been failing for some seconds.
@@ -39,8 +39,8 @@ type Body struct {
 }
 
 // ErrWrongSize is what a Source answers that has the blob, but not with the size asked for. It is an
-// errdefs.ErrFailedPrecondition. When all sources that answer say so, the transfer's error is one too: whoever stated
-// the size was wrong.
+// errdefs.ErrFailedPrecondition. The source is asked once more, because one such reply among good ones is the host's
+// mistake. When all sources that answer say so, the transfer's error is one too: whoever stated the size was wrong.
 var ErrWrongSize = fmt.Errorf("the size is not the one asked for: %w", errdefs.ErrFailedPrecondition)
 
 // ErrWrongRange is what a Source answers whose host sends another part than was asked for, or does not say which. It is
@@ -63,7 +63,7 @@ func isFinal(err error) bool {
 
 const (
 	backoffMin = 100 * time.Millisecond
-	backoffMax = 15 * time.Second
+	backoffMax = 5 * time.Second
 	// A connection that brought this much before it broke is replaced at once.
 	goodProgress = 64 << 10
 	// A host that ignores ranges sends everything from the start each time: so often without a new byte, then never again.
@@ -90,6 +90,7 @@ type host struct {
 	conns    int   // under way
 	attempts int   // requests made
 	fails    int   // in a row, without progress
+	misfits  int   // replies with another size of the blob
 	received int64 // bytes, all generations
 }
 
@@ -130,6 +131,14 @@ func isAbsent(err error) bool {
 func (s *source) failed(got int64, plain bool, err error) error {
 	h := s.host
 	err = fmt.Errorf("host %s, attempt %d: %w", h.name, h.attempts, err)
+	if isWrongSize(err) {
+		if h.misfits++; h.misfits == 1 {
+			return err
+		}
+		if h.received > 0 { // it knew better before
+			err = fmt.Errorf("%s, which it did not say before: %w", err.Error(), ErrWrongRange)
+		}
+	}
 	if errors.Is(err, ErrWrongRange) && !plain {
 		h.ranges = rangesNo
 		return err

@@ -27,8 +27,12 @@ func (j *job) watch(ctx context.Context, stop context.CancelCauseFunc) {
 			return
 		}
 		tick := min(limit-idle, max(limit/10, time.Millisecond))
+		began := time.Now()
 		if sleep(ctx, tick) != nil {
 			return
+		}
+		if late := time.Since(began) - tick; late > tick {
+			j.progress.Add(int64(late)) // this process was stopped: what came meanwhile waits to be read
 		}
 		if j.queueing() {
 			j.progress.Add(int64(tick))
@@ -89,7 +93,7 @@ const (
 	overtakeTick = 250 * time.Millisecond
 	// A connection is overtaken when it is so many times slower than another would be, and that would save so much time.
 	overtakePace = 4
-	overtakeGain = 2 * time.Second
+	overtakeGain = time.Second / 2
 	// What stands still for so long is asked for again, at first; twice as long the next time.
 	overtakeStill = 3 * time.Second
 	// So slow is not worth having while there is a host that was never asked, in bytes a second.
@@ -129,7 +133,11 @@ func (j *job) untried() bool {
 
 // speed is what a connection brings now, in bytes a second; false if it is too young to tell.
 func (c *conn) speed(now time.Time) (float64, bool) {
-	if d := now.Sub(c.mark); d >= 2*time.Second {
+	young := 2 * time.Second
+	if c.pace == 0 && c.got > 0 {
+		young = time.Second / 2 // better than nothing
+	}
+	if d := now.Sub(c.mark); d >= young {
 		return float64(c.got-c.since) / d.Seconds(), true
 	}
 	return c.pace, c.pace > 0
@@ -186,12 +194,16 @@ func (j *job) overtake() bool {
 // oneLine joins errors for people; errors.Is finds each of them.
 func oneLine(errs []error) error {
 	var all error
+	told := map[string]bool{}
 	for _, e := range errs {
-		if all == nil {
+		switch {
+		case told[e.Error()]: // a host that was asked twice and insists
+		case all == nil:
 			all = e
-		} else {
+		default:
 			all = fmt.Errorf("%w; %w", all, e)
 		}
+		told[e.Error()] = true
 	}
 	return all
 }
