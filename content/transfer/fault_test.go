@@ -458,3 +458,22 @@ func TestRestartIsNoticed(t *testing.T) {
 	}
 	wait(t, h)
 }
+
+// TestAbsentForAnotherBlob has a transfer learn from one before it that nobody listens. Host and attempt are said once.
+func TestAbsentForAnotherBlob(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		m := newManager(t, t.TempDir(), Options{ConnectionsPerHost: 1})
+		var err error
+		for seed := range byte(2) {
+			data, b := randomBlob(seed, 1<<20)
+			h := join(t, m, b, &fakeSource{host: "a", data: data, reply: func(context.Context, int, int64, int64) (fakeReply, error) {
+				return fakeReply{}, fmt.Errorf("%w: %w", errdefs.ErrUnavailable, syscall.ECONNREFUSED)
+			}})
+			err = h.Wait(t.Context())
+		}
+		if err == nil || strings.Count(err.Error(), "attempt") != 1 || strings.Count(err.Error(), "host a") != 1 {
+			t.Errorf("got %v, want host and attempt in it once", err)
+		}
+	})
+}

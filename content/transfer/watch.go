@@ -194,12 +194,16 @@ func (j *job) overtake() bool {
 // oneLine joins errors for people; errors.Is finds each of them.
 func oneLine(errs []error) error {
 	var all error
+	told := map[string]bool{}
 	for _, e := range errs {
-		if all == nil {
+		switch {
+		case told[e.Error()]: // a host that was asked twice and insists
+		case all == nil:
 			all = e
-		} else {
+		default:
 			all = fmt.Errorf("%w; %w", all, e)
 		}
+		told[e.Error()] = true
 	}
 	return all
 }
