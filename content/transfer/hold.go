@@ -307,7 +307,7 @@ func (j *job) goOn(ctx context.Context, f *folder) error {
 	default:
 		n, err := f.inherit(ctx, old, shown)
 		if err != nil {
-			return errors.Join(diskError(f.path, err), f.closeState(), f.data.Close())
+			return errors.Join(diskError(f.path, err), f.abandonCopy(), f.data.Close())
 		}
 		keep = n == shown
 		j.logger(ctx, filepath.Base(f.path)).Warnf("whoever fetches the blob in %s made no progress for %s: going on with a copy, from %d of %d bytes",
