@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"strings"
 	"time"
 
 	"github.com/containerd/log"
@@ -143,8 +144,14 @@ type plainLog struct{}
 // Format implements logrus.Formatter.
 func (plainLog) Format(e *logrus.Entry) ([]byte, error) {
 	text := "gantry: " + e.Message
-	if d, ok := e.Data["digest"]; ok {
-		text += fmt.Sprintf(" (blob %v)", d)
+	var about []string
+	for _, field := range [][2]string{{"digest", "blob"}, {"host", "host"}} {
+		if v, ok := e.Data[field[0]]; ok {
+			about = append(about, fmt.Sprintf("%s %v", field[1], v))
+		}
+	}
+	if len(about) > 0 {
+		text += " (" + strings.Join(about, ", ") + ")"
 	}
 	if err, ok := e.Data[logrus.ErrorKey]; ok {
 		text += fmt.Sprintf(": %v", err)

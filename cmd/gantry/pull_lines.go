@@ -13,6 +13,7 @@ import (
 	digest "github.com/opencontainers/go-digest"
 
 	"github.com/gantryd/gantry/plugin/client"
+	"github.com/gantryd/gantry/plugin/status"
 )
 
 // totals are the layers of a pull together.
@@ -121,6 +122,10 @@ func printSummary(w io.Writer, sum *client.Summary, keep time.Duration) error {
 		s := l.Seconds
 		if l.Phase == client.PhaseExists {
 			row(short(string(l.Digest)), amount(l.Size), "exists", "-", "-", "-", "-", "-", "-", "-", "-")
+			continue
+		}
+		if s == (status.Seconds{}) { // containerd fetched it, and its layer file was there
+			row(short(string(l.Digest)), amount(l.Size), amount(l.Fetched), "-", "-", "-", "-", "-", "-", "-", "-")
 			continue
 		}
 		row(short(string(l.Digest)), amount(l.Size), amount(l.Fetched), amount(l.Written), seconds(s.Wait), seconds(s.Download),

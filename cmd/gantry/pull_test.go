@@ -292,3 +292,13 @@ func TestPullFails(t *testing.T) {
 		}
 	}
 }
+
+// TestWarnings wants blob and host in what libraries warn of.
+func TestWarnings(t *testing.T) {
+	t.Parallel()
+	var out strings.Builder
+	warnings(t.Context(), &out).WithField("digest", "sha256:1").WithField("host", "a").WithError(errors.New("b")).Warn("again")
+	if got, want := out.String(), "gantry: again (blob sha256:1, host a): b\n"; got != want {
+		t.Errorf("got %q, want %q", got, want)
+	}
+}

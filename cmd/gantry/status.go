@@ -23,6 +23,8 @@ import (
 	"github.com/gantryd/gantry/plugin/status"
 )
 
+var errNoAnswer = fmt.Errorf("no answer within %s: it hangs, is stopped or is very busy", answerWithin)
+
 // answerWithin is how long gantryd may take to tell its status.
 const answerWithin = 10 * time.Second
 
@@ -34,8 +36,9 @@ Asks gantryd, at the address in FILE, what it is doing:
   TRANSFERS  blobs on their way from a registry, and those that ended a moment ago. DONE: without a gap from the
              start. RECEIVED: in any order. CONNS: requests under way. USERS: how many hold the transfer: clients, the
              unpack, and the pull of the image as a whole. After the hosts: the last error, also of a try that is repeated.
-             PHASE lock: another process fetches the blob and is followed. kept: what an earlier process left; the
-             next pull goes on from there, and it is removed when it was not written for transfer.keep_partial.
+             PHASE lock: another process fetches the blob and is followed. kept: what another process left or is just
+             fetching, written so long ago; the next pull goes on from there, and it is removed when it was not written
+             for transfer.keep_partial.
   UNPACKS    layers being decompressed and written, while their blob arrives
   LAYERS     layers that ended last, well or with an error, and the seconds they spent where. The parts overlap.
              A layer that was on disk already is not unpacked again and is missing here.
@@ -61,7 +64,7 @@ func runStatus(ctx context.Context, c *config.Config, flags *flag.FlagSet, stdou
 
 // fetch asks the gantryd at address.
 func fetch(ctx context.Context, address string) (_ *status.Report, err error) {
-	ctx, cancel := context.WithTimeout(ctx, answerWithin)
+	ctx, cancel := context.WithTimeoutCause(ctx, answerWithin, errNoAnswer)
 	defer cancel()
 	if err := reachable(ctx, address); err != nil {
 		return nil, err
@@ -73,6 +76,9 @@ func fetch(ctx context.Context, address string) (_ *status.Report, err error) {
 	}
 	defer func() { err = errors.Join(err, conn.Close()) }()
 	report, err := status.Get(ctx, conn)
+	if errors.Is(context.Cause(ctx), errNoAnswer) {
+		return nil, fmt.Errorf("gantryd at %s: %w (systemctl status gantryd)", address, errNoAnswer)
+	}
 	if err != nil {
 		return nil, fmt.Errorf("gantryd at %s: %w", address, err)
 	}

@@ -17,11 +17,10 @@ type body struct {
 	chunked     bool // the reply did not tell its length
 	stall       time.Duration
 	timer       *time.Timer
-	wrap        func(error) error
 }
 
-func newBody(r *reply, n int64, stall time.Duration, wrap func(error) error) *body {
-	b := &body{r: r, total: n, left: n, chunked: r.resp.ContentLength < 0, stall: stall, wrap: wrap}
+func newBody(r *reply, n int64, stall time.Duration) *body {
+	b := &body{r: r, total: n, left: n, chunked: r.resp.ContentLength < 0, stall: stall}
 	b.timer = time.AfterFunc(stall, func() { r.cancel(errStalled) })
 	b.timer.Stop()
 	return b
@@ -61,7 +60,7 @@ func (b *body) end() error {
 	}
 	n, err := b.read(make([]byte, 1))
 	if n > 0 {
-		return b.wrap(b.r.named(fmt.Errorf("more than the announced %d bytes: %w", b.total, errdefs.ErrFailedPrecondition)))
+		return b.r.named(fmt.Errorf("more than the announced %d bytes: %w", b.total, errdefs.ErrFailedPrecondition))
 	}
 	if err == nil || errors.Is(err, io.EOF) {
 		return io.EOF
@@ -81,7 +80,7 @@ func (b *body) explain(err error) error {
 	default:
 		err = fmt.Errorf("broke off after %d of %d bytes: %w: %w", after, b.total, errdefs.ErrUnavailable, quiet{err})
 	}
-	return b.wrap(b.r.named(err))
+	return b.r.named(err)
 }
 
 // Close may be called while a Read waits, and ends it.

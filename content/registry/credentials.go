@@ -67,7 +67,7 @@ func newKeychain(path string, timeout time.Duration) *keychain {
 func (k *keychain) credentials(host string) (user, secret string, err error) {
 	file, err := readDockerConfig(k.path)
 	if err != nil {
-		return "", "", fmt.Errorf("credentials for %s: %s cannot be used, correct it: %w: %w", host, k.path, errdefs.ErrFailedPrecondition, err)
+		return "", "", fmt.Errorf("credentials for %s: %s cannot be used, correct it: %w: %w", host, k.path, err, errdefs.ErrFailedPrecondition)
 	}
 	keys := keysFor(host)
 	if helper := helperFor(file, keys); helper != "" {

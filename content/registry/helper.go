@@ -54,7 +54,7 @@ func runHelper(name, server string, timeout time.Duration) (user, secret string,
 	case cause == nil:
 		return "", "", fmt.Errorf("credential helper %s answers no JSON: %w", name, errdefs.ErrFailedPrecondition)
 	default:
-		return "", "", fmt.Errorf("credential helper %s fails, see `echo %s | %s get`: %w: %w", name, server, name, errdefs.ErrFailedPrecondition, cause)
+		return "", "", fmt.Errorf("credential helper %s fails, see `echo %s | %s get`: %w: %w", name, server, name, cause, errdefs.ErrFailedPrecondition)
 	}
 }
 

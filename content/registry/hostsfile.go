@@ -46,7 +46,7 @@ func (r *Registry) hostDir(host string) (string, error) {
 			return dir, nil
 		}
 		if !errdefs.IsNotFound(err) {
-			return "", fmt.Errorf("hosts files for %s: %w: %w", host, errdefs.ErrFailedPrecondition, err)
+			return "", fmt.Errorf("hosts files for %s: %w: %w", host, err, errdefs.ErrFailedPrecondition)
 		}
 	}
 	return "", nil
@@ -60,7 +60,7 @@ func checkHostDir(dir string) (files string, err error) {
 	}
 	name := filepath.Join(dir, "hosts.toml")
 	wrap := func(err error) error {
-		return fmt.Errorf("hosts file %s cannot be used, correct it: %w: %w", name, errdefs.ErrFailedPrecondition, err)
+		return fmt.Errorf("hosts file %s cannot be used, correct it: %w: %w", name, err, errdefs.ErrFailedPrecondition)
 	}
 	info, err := os.Stat(name)
 	var pems []string
@@ -85,7 +85,7 @@ func checkHostDir(dir string) (files string, err error) {
 func fingerprint(dir string, pems []string) (string, error) {
 	entries, err := os.ReadDir(dir)
 	if err != nil {
-		return "", fmt.Errorf("hosts folder %s: %w: %w", dir, errdefs.ErrFailedPrecondition, err)
+		return "", fmt.Errorf("hosts folder %s: %w: %w", dir, err, errdefs.ErrFailedPrecondition)
 	}
 	names := slices.Clone(pems)
 	for _, e := range entries {

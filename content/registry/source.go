@@ -80,21 +80,21 @@ func (s *Source) Tier() int { return s.ep.tier }
 // the body too, until it is closed. The body ends after Body.N bytes, or with an
 // error: ErrUnavailable when the connection breaks, or brings nothing for the
 // time of Options.StallTimeout. Part of a blob that is empty is given without a
-// request.
+// request. Errors name neither blob nor host: the transfer does, for all it tells.
 func (s *Source) Open(ctx context.Context, off, n int64) (transfer.Body, error) {
 	if s.size == 0 && off == 0 && n == 0 {
 		return transfer.Body{ReadCloser: http.NoBody}, nil
 	}
 	if off < 0 || n <= 0 || off > s.size-n {
-		return transfer.Body{}, s.wrap(fmt.Errorf("%d bytes from %d of %d: %w", n, off, s.size, errdefs.ErrInvalidArgument))
+		return transfer.Body{}, fmt.Errorf("%d bytes from %d of %d: %w", n, off, s.size, errdefs.ErrInvalidArgument)
 	}
 	asked := span{off, n}
 	r, err := s.request(ctx, asked)
 	if err != nil {
-		return transfer.Body{}, s.wrap(err)
+		return transfer.Body{}, err
 	}
 	if r.resp.StatusCode > 299 {
-		return transfer.Body{}, s.wrap(r.refused(statusError))
+		return transfer.Body{}, r.refused(statusError)
 	}
 	var got span
 	err = r.from(func(resp *http.Response) (err error) {
@@ -103,13 +103,9 @@ func (s *Source) Open(ctx context.Context, off, n int64) (transfer.Body, error) 
 	})
 	if err != nil {
 		r.abandon()
-		return transfer.Body{}, s.wrap(err)
+		return transfer.Body{}, err
 	}
-	return transfer.Body{ReadCloser: newBody(r, got.n, s.ep.opts.StallTimeout, s.wrap), Off: got.off, N: got.n}, nil
-}
-
-func (s *Source) wrap(err error) error {
-	return fmt.Errorf("blob %s: host %s: %w", s.digest, s.ep.name, err)
+	return transfer.Body{ReadCloser: newBody(r, got.n, s.ep.opts.StallTimeout), Off: got.off, N: got.n}, nil
 }
 
 // request goes to the remembered place, or asks the host for it.

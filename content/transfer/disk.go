@@ -276,8 +276,12 @@ func links(st fs.FileInfo) uint64 {
 // diskError says what a full disk means and what to do about it.
 func diskError(path string, err error) error {
 	if errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EDQUOT) {
-		return fmt.Errorf("no space left for %s, free some and pull again, what was fetched is kept: %w",
-			path, errors.Join(errdefs.ErrResourceExhausted, err))
+		var at *fs.PathError
+		if errors.As(err, &at) {
+			err = at.Err // the path says no more
+		}
+		return fmt.Errorf("the disk of %s is full, free some space and pull again, what was fetched is kept: %w: %w",
+			filepath.Dir(path), err, errdefs.ErrResourceExhausted)
 	}
 	return fmt.Errorf("%s: %w", path, err)
 }

@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 	"strings"
 	"sync/atomic"
+	"syscall"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -158,6 +159,35 @@ func TestOtherSizes(t *testing.T) {
 				wait(t, h)
 				if got, err := readAll(t, h); err != nil || !bytes.Equal(got, data) {
 					t.Errorf("read %d bytes, %v", len(got), err)
+				}
+			})
+		})
+	}
+}
+
+// TestOutage has the only host fail for some time in the middle: the transfer goes on soon after it is well again.
+func TestOutage(t *testing.T) {
+	t.Parallel()
+	const out = 20 * time.Second
+	for name, err := range map[string]error{"answers 500": errdefs.ErrUnavailable, "is not there": syscall.ECONNREFUSED} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			synctest.Test(t, func(t *testing.T) {
+				data, b := randomBlob(3, 16<<20)
+				start := time.Now()
+				src := &fakeSource{host: "a", data: data, reply: func(_ context.Context, call int, _, _ int64) (fakeReply, error) {
+					if call > 8 && time.Since(start) < out {
+						return fakeReply{}, err
+					}
+					return fakeReply{latency: time.Millisecond}, nil
+				}}
+				m := newManager(t, t.TempDir(), Options{ChunkSize: 1 << 20})
+				wait(t, join(t, m, b, src))
+				if took := time.Since(start); took > out+backoffMax+time.Second {
+					t.Errorf("took %s, want little more than the outage's %s", took, out)
+				}
+				if calls, sent := src.stats(); sent != b.Size || calls > 16+30 {
+					t.Errorf("sent %d bytes for %d in %d requests", sent, b.Size, calls)
 				}
 			})
 		})
@@ -427,4 +457,23 @@ func TestRestartIsNoticed(t *testing.T) {
 		t.Errorf("read again: %d bytes, %v", len(got), err)
 	}
 	wait(t, h)
+}
+
+// TestAbsentForAnotherBlob has a transfer learn from one before it that nobody listens. Host and attempt are said once.
+func TestAbsentForAnotherBlob(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		m := newManager(t, t.TempDir(), Options{ConnectionsPerHost: 1})
+		var err error
+		for seed := range byte(2) {
+			data, b := randomBlob(seed, 1<<20)
+			h := join(t, m, b, &fakeSource{host: "a", data: data, reply: func(context.Context, int, int64, int64) (fakeReply, error) {
+				return fakeReply{}, fmt.Errorf("%w: %w", errdefs.ErrUnavailable, syscall.ECONNREFUSED)
+			}})
+			err = h.Wait(t.Context())
+		}
+		if err == nil || strings.Count(err.Error(), "attempt") != 1 || strings.Count(err.Error(), "host a") != 1 {
+			t.Errorf("got %v, want host and attempt in it once", err)
+		}
+	})
 }

@@ -28,8 +28,8 @@ func TestFullDisk(t *testing.T) {
 	m := newManager(t, root, Options{ChunkSize: 1 << 20, ConnectionsPerHost: 1})
 	h := join(t, m, b, src)
 	err := h.Wait(t.Context())
-	if !errors.Is(err, syscall.ENOSPC) || !strings.Contains(err.Error(), "no space left") {
-		t.Fatalf("got %v, want ENOSPC said plainly", err)
+	if !errors.Is(err, syscall.ENOSPC) || !strings.Contains(err.Error(), "is full, free some space") || strings.Count(err.Error(), "sha256") != 1 {
+		t.Fatalf("got %v, want ENOSPC said plainly, and the blob once", err)
 	}
 	if h.Frontier() < 1<<20 {
 		t.Errorf("frontier %d", h.Frontier())

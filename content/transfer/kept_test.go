@@ -153,3 +153,24 @@ func TestSweepPrivate(t *testing.T) {
 		t.Errorf("locks left: %v %v", locks, err)
 	}
 }
+
+// TestKeptAfterFailure has another process go on with a blob that failed here: what is on disk is shown, with the error.
+func TestKeptAfterFailure(t *testing.T) {
+	t.Parallel()
+	root := t.TempDir()
+	data, b := randomBlob(5, 4<<20)
+	m := newManager(t, root, lockOptions)
+	if err := join(t, m, b).Wait(t.Context()); !errdefs.IsNotFound(err) {
+		t.Fatal(err)
+	}
+	other := newManager(t, root, lockOptions)
+	if err := join(t, other, b, &fakeSource{host: "a", data: data, reply: stopAfter(2 << 20)}).Wait(t.Context()); !errdefs.IsPermissionDenied(err) {
+		t.Fatal(err)
+	}
+	if err := other.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if l := m.List(); len(l) != 1 || l[0].Phase != PhaseFailed || l[0].Err == nil || l[0].Received < 2<<20 || l[0].Frontier < 2<<20 {
+		t.Errorf("got %+v, want a failure, and the 2 MiB that another process has left", l)
+	}
+}

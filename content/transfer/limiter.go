@@ -36,6 +36,8 @@ const (
 	maxRetryAfter = 2 * time.Minute
 	// Mirrors that failed for so long are no reason to wait with the next tier.
 	downTime = 2 * time.Second
+	// For so long nobody asks a host again where nobody listens.
+	absentTime = 15 * time.Second
 	// A host that was waited for in vain is left alone for so long at first, if another one is well: a chunk that it is
 	// asked for is held up while nothing comes.
 	shunTime = 15 * time.Second
@@ -293,7 +295,7 @@ func (hs *Hosts) look(h *hostState) view {
 	if now.Sub(h.paced) < paceTime {
 		v.pace = h.pace
 	}
-	if h.absent != nil && now.Sub(h.failed) > backoffMax {
+	if h.absent != nil && now.Sub(h.failed) > absentTime {
 		v.absent = nil // perhaps somebody is there again
 	}
 	return v

@@ -289,9 +289,12 @@ func (m *Manager) List() []Status {
 		s.Waiters = j.waiters
 		list = append(list, s)
 	}
-	known := list
+	failed, known := list[:len(m.failed)], list
 	for _, s := range left {
-		if !slices.ContainsFunc(known, func(k Status) bool { return k.Digest == s.Digest && k.Size == s.Size }) {
+		same := func(k Status) bool { return k.Digest == s.Digest && k.Size == s.Size }
+		if i := slices.IndexFunc(failed, same); i >= 0 && s.Started.After(failed[i].Started) {
+			failed[i].Received, failed[i].Frontier = s.Received, s.Frontier // another process may have gone on
+		} else if !slices.ContainsFunc(known, same) {
 			list = append(list, s)
 		}
 	}

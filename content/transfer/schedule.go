@@ -217,11 +217,11 @@ func (j *job) claimable() bool {
 	return len(j.ledger.gaps) > 0 && j.ledger.gaps[0].off < j.horizon()
 }
 
-// drop ends all sources of a host. Called with mu held.
+// drop ends all sources of a host, with the error that another transfer had from it. Called with mu held.
 func (j *job) drop(h *host, err error) {
 	for _, s := range j.sources {
 		if s.host == h && s.gone == nil {
-			s.gone = fmt.Errorf("host %s, attempt %d: %w", h.name, h.attempts, err)
+			s.gone = err
 		}
 	}
 }

@@ -22,8 +22,8 @@ type Source interface {
 	//
 	// Final for this source: errdefs.ErrNotFound, ErrUnauthenticated, ErrPermissionDenied, and ErrFailedPrecondition
 	// when the reply contradicts the request. After ErrWrongRange the source is only asked for the whole blob, off 0, by
-	// one connection, in which it should not speak of ranges at all. Everything else is tried again, no sooner than the error's
-	// RetryAfter() time.Duration if it has that method.
+	// one connection, in which it should not speak of ranges at all. Everything else is tried again, no sooner than the
+	// error's RetryAfter() time.Duration if it has that method. An error names neither blob nor host: the transfer does.
 	Open(ctx context.Context, off, n int64) (Body, error)
 	// Tier orders the sources: those of the lowest tier that has one left share the chunks, and the next tier is asked
 	// when none is left there or all of them have been failing for some seconds.
@@ -63,7 +63,7 @@ func isFinal(err error) bool {
 
 const (
 	backoffMin = 100 * time.Millisecond
-	backoffMax = 15 * time.Second
+	backoffMax = 5 * time.Second
 	// A connection that brought this much before it broke is replaced at once.
 	goodProgress = 64 << 10
 	// A host that ignores ranges sends everything from the start each time: so often without a new byte, then never again.

@@ -27,8 +27,12 @@ func (j *job) watch(ctx context.Context, stop context.CancelCauseFunc) {
 			return
 		}
 		tick := min(limit-idle, max(limit/10, time.Millisecond))
+		began := time.Now()
 		if sleep(ctx, tick) != nil {
 			return
+		}
+		if late := time.Since(began) - tick; late > tick {
+			j.progress.Add(int64(late)) // this process was stopped: what came meanwhile waits to be read
 		}
 		if j.queueing() {
 			j.progress.Add(int64(tick))
@@ -190,12 +194,16 @@ func (j *job) overtake() bool {
 // oneLine joins errors for people; errors.Is finds each of them.
 func oneLine(errs []error) error {
 	var all error
+	told := map[string]bool{}
 	for _, e := range errs {
-		if all == nil {
+		switch {
+		case told[e.Error()]: // a host that was asked twice and insists
+		case all == nil:
 			all = e
-		} else {
+		default:
 			all = fmt.Errorf("%w; %w", all, e)
 		}
+		told[e.Error()] = true
 	}
 	return all
 }

@@ -23,6 +23,7 @@ type Compression string
 // The compressions that images use. The zero value is Gzip.
 const (
 	Gzip         Compression = "gzip"
+	GzipFast     Compression = "gzip-1" // the fastest level, for what is large
 	Zstd         Compression = "zstd"
 	Uncompressed Compression = "none"
 )
@@ -173,6 +174,8 @@ func (spec LayerSpec) write(w io.Writer) (digest.Digest, error) {
 	switch spec.Compression {
 	case Gzip, "":
 		packer, err = gzip.NewWriterLevel(w, 5)
+	case GzipFast:
+		packer, err = gzip.NewWriterLevel(w, gzip.BestSpeed)
 	case Zstd:
 		packer, err = zstd.NewWriter(w, zstd.WithEncoderConcurrency(1))
 	case Uncompressed:

@@ -74,6 +74,11 @@ func Random(prefix string, seed uint64, size int64, files int) TarFunc {
 	return generated(prefix, seed, size, files, random)
 }
 
+// Text writes files of words, which gzip makes about two fifths of. Together size bytes, the same for the same seed.
+func Text(prefix string, seed uint64, size int64, files int) TarFunc {
+	return generated(prefix, seed, size, files, text)
+}
+
 func generated(prefix string, seed uint64, size int64, files int, fill func(io.Writer, *rand.Rand, int64) error) TarFunc {
 	return func(w io.Writer) error {
 		tw := tar.NewWriter(w)
@@ -120,6 +125,33 @@ func random(w io.Writer, src *rand.Rand, n int64) error {
 		for i := 0; i < len(buf); i += 8 {
 			binary.LittleEndian.PutUint64(buf[i:], src.Uint64())
 		}
+		if _, err := w.Write(part); err != nil {
+			return err
+		}
+		n -= int64(len(part))
+	}
+	return nil
+}
+
+// text writes n bytes of words. They are taken from pages made beforehand, too far apart for gzip's window to see
+// them twice.
+func text(w io.Writer, src *rand.Rand, n int64) error {
+	const letters = "etaoinshrdlucmfwypvbgkqjxz"
+	words := make([]string, 1<<12)
+	for i := range words {
+		word := make([]byte, 3+src.IntN(9), 12)
+		for j := range word {
+			word[j] = letters[src.IntN(len(letters))]
+		}
+		words[i] = string(append(word, ' '))
+	}
+	pages := make([]byte, 0, 4<<20+16)
+	for len(pages) < 4<<20 {
+		pages = append(pages, words[src.IntN(len(words))]...)
+	}
+	for n > 0 {
+		at := src.IntN(len(pages) - 64<<10)
+		part := pages[at : at+int(min(n, 64<<10))]
 		if _, err := w.Write(part); err != nil {
 			return err
 		}

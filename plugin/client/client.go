@@ -15,6 +15,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"strings"
 	"time"
 
 	"github.com/containerd/containerd/v2/pkg/identifiers"
@@ -120,20 +121,33 @@ func New(c *config.Config, o Options) (*Pull, error) {
 	p := &Pull{config: c, options: o, platform: platforms.DefaultSpec()}
 	var err error
 	if p.named, err = reference.ParseDockerRef(o.Ref); err != nil {
-		return nil, fmt.Errorf("image reference %.300q: %w: %w", o.Ref, errdefs.ErrInvalidArgument, err)
+		return nil, fmt.Errorf("image reference %.300q: %w%s: %w", o.Ref, err, hint(o.Ref), errdefs.ErrInvalidArgument)
 	}
 	if o.Platform != "" {
 		if p.platform, err = platforms.Parse(o.Platform); err != nil {
-			return nil, fmt.Errorf("platform %.100q: %w: %w", o.Platform, errdefs.ErrInvalidArgument, err)
+			return nil, fmt.Errorf("platform %w", err) // which quotes it
 		}
 	}
 	if p.options.Namespace == "" {
 		p.options.Namespace = "default"
 	}
 	if err := identifiers.Validate(p.options.Namespace); err != nil {
-		return nil, fmt.Errorf("namespace %.100q: %w", o.Namespace, err)
+		return nil, fmt.Errorf("namespace %.100q: want at most 76 letters and digits, with single dots, dashes or underscores between them: %w",
+			o.Namespace, errdefs.ErrInvalidArgument)
 	}
 	return p, nil
+}
+
+// hint says what is usually meant by a reference that is none.
+func hint(ref string) string {
+	_, dgst, ok := strings.Cut(ref, "@")
+	switch {
+	case strings.Contains(ref, "://"):
+		return "; leave out " + ref[:strings.Index(ref, "://")+3]
+	case ok && digest.Digest(dgst).Validate() != nil:
+		return "; after @ stands a whole digest, as sha256: and 64 hexadecimal digits"
+	}
+	return ""
 }
 
 // Folder is where partial blobs are kept, and with ViaTransfers whole ones.

@@ -207,7 +207,8 @@ func TestNewRefuses(t *testing.T) {
 	}{
 		"no reference":       {Options{}, `image reference ""`},
 		"upper case":         {Options{Ref: "Alpine"}, "must be lowercase"},
-		"a URL":              {Options{Ref: "https://docker.io/alpine"}, `image reference "https://docker.io/alpine"`},
+		"a URL":              {Options{Ref: "https://docker.io/alpine"}, `image reference "https://docker.io/alpine": invalid reference format; leave out https://`},
+		"half a digest":      {Options{Ref: "alpine@sha256:12"}, "after @ stands a whole digest"},
 		"a platform of four": {Options{Ref: "alpine", Platform: "a/b/c/d"}, `platform "a/b/c/d"`},
 		"a path":             {Options{Ref: "alpine", Namespace: "../x"}, `namespace "../x"`},
 	} {

@@ -11,7 +11,6 @@ import (
 	"time"
 
 	containerd "github.com/containerd/containerd/v2/client"
-	"github.com/containerd/containerd/v2/core/leases"
 	hostconfig "github.com/containerd/containerd/v2/core/remotes/docker/config"
 	ctransfer "github.com/containerd/containerd/v2/core/transfer"
 	cimage "github.com/containerd/containerd/v2/core/transfer/image"
@@ -22,6 +21,7 @@ import (
 	"github.com/containerd/errdefs/pkg/errgrpc"
 	"github.com/containerd/platforms"
 	"github.com/distribution/reference"
+	digest "github.com/opencontainers/go-digest"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials/insecure"
 
@@ -60,11 +60,11 @@ func (p *Pull) throughContainerd(ctx context.Context) (_ *Summary, err error) {
 	f := &following{
 		pull: p, state: p.state(ViaContainerd), store: client.ContentStore(),
 		report: func(ctx context.Context) (*status.Report, error) { return status.Get(ctx, gantryd) },
-		latest: &status.Report{}, events: events{}, seen: map[seenKey]seen{},
+		latest: &status.Report{}, events: events{}, loaded: map[digest.Digest]bool{}, seen: map[seenKey]seen{},
 	}
 	sum, err := p.transfer(ctx, client, f)
 	if err != nil {
-		return nil, fmt.Errorf("image %s: %w", p.named, err)
+		return nil, p.explain(p.withoutGantryd(ctx, err), f.failed(ctx, err))
 	}
 	return sum, nil
 }
@@ -104,21 +104,22 @@ func (p *Pull) transfer(ctx context.Context, client *containerd.Client, f *follo
 	}
 	target := cimage.NewStore(p.named.String(),
 		cimage.WithPlatforms(p.platform), cimage.WithUnpack(p.platform, config.SnapshotterName))
-	// A lease of our own holds what was fetched when the pull fails, or ends with us: containerd's collection would
-	// remove it, and with it the finished transfers.
-	leased, release, err := client.WithLease(ctx, leases.WithRandomID(), leases.WithExpiration(p.config.Transfer.KeepPartial))
+	leased, lease, err := p.lease(ctx, client.LeasesService())
 	if err != nil {
 		return nil, err
 	}
 	ended := make(chan error, 1)
 	go func() { ended <- client.Transfer(leased, source, target, ctransfer.WithProgress(f.event)) }()
 	if err := f.until(ctx, ended); err != nil {
+		if !f.resolved() { // nothing was fetched that is worth keeping
+			err = errors.Join(err, lease.release(context.WithoutCancel(ctx)))
+		}
 		if ctx.Err() != nil {
 			return nil, context.Cause(ctx)
 		}
 		return nil, errors.Join(err, credentials.failure())
 	}
-	if err := release(ctx); err != nil {
+	if err := lease.releaseAll(ctx); err != nil {
 		return nil, err
 	}
 	return p.pulled(ctx, client, f)

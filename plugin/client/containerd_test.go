@@ -198,11 +198,18 @@ func TestFollowing(t *testing.T) {
 			Layer{Phase: PhaseFetching, Received: 700, Fetched: 400, Rate: 7}},
 		"containerd has fetched": {nil, with(report(transfer.PhaseFailed, 1, 400, 400), nil, &status.Layer{Started: began.Add(1), Fetched: 400}), event("complete", 1000),
 			Layer{Phase: PhaseDone, Received: 400, Fetched: 1000, Rate: 7, Read: 1000}},
+		"containerd has fetched, its layer file is there": {nil, report(transfer.PhaseFailed, 1, 400, 400), event("complete", 1000),
+			Layer{Phase: PhaseDone, Received: 400, Fetched: 1000, Rate: 7}},
+		"containerd alone fetches":     {nil, &status.Report{}, event("downloading", 700), Layer{Phase: PhaseFetching, Received: 700, Fetched: 700}},
+		"containerd alone has fetched": {nil, &status.Report{}, event("complete", 1000), Layer{Phase: PhaseWaiting, Fetched: 1000}},
+		"its transfer is over": {report(transfer.PhaseVerifying, 1, 1000, 1000), &status.Report{}, waiting,
+			Layer{Phase: PhaseUnpacking, Received: 1000, Fetched: 1000}},
 		"its layer file is there": {nil, report(transfer.PhaseComplete, 1, 1000, 0), event("complete", 1000), Layer{Phase: PhaseDone, Received: 1000, Rate: 7}},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			f := &following{state: State{Started: began}, seen: map[seenKey]seen{}}
+			f := &following{state: State{Started: began}, events: events{}, loaded: map[digest.Digest]bool{}, seen: map[seenKey]seen{}}
+			f.event(ctransfer.Progress{Event: "downloading", Desc: &desc, Progress: 1})
 			if tc.before != nil {
 				f.layer(desc, tc.before, tc.event)
 			}
@@ -211,5 +218,21 @@ func TestFollowing(t *testing.T) {
 				t.Errorf("got  %+v\nwant %+v", got, tc.want)
 			}
 		})
+	}
+}
+
+// TestGantrydHangs wants no rate told that nobody vouches for any more.
+func TestGantrydHangs(t *testing.T) {
+	t.Parallel()
+	desc := ocispec.Descriptor{Digest: digest.FromString("layer"), Size: 1000}
+	f := &following{
+		layers: []ocispec.Descriptor{desc}, seen: map[seenKey]seen{}, loaded: map[digest.Digest]bool{},
+		latest: &status.Report{Transfers: []status.Transfer{
+			{Digest: desc.Digest, Size: desc.Size, Phase: string(transfer.PhaseFetching), Received: 400, Rate: 7, Started: time.Now()},
+		}},
+		report: func(context.Context) (*status.Report, error) { return nil, context.DeadlineExceeded },
+	}
+	if l := f.snapshot(t.Context()).Layers[0]; l.Rate != 0 || l.Received != 400 || l.Phase != PhaseFetching {
+		t.Errorf("got %+v, want what was there, and no rate", l)
 	}
 }

@@ -22,6 +22,8 @@ const (
 	eventExists      = "already exists"
 	eventDownloading = "downloading"
 	eventComplete    = "complete"
+	eventExtracting  = "extracting" // complete before
+	eventExtracted   = "extracted"
 	eventResolved    = "fetching image content"
 )
 
@@ -41,6 +43,7 @@ type following struct {
 
 	mu     sync.Mutex // events come on a goroutine of their own
 	events events
+	loaded map[digest.Digest]bool // blobs that containerd reported bytes of
 	image  ocispec.Descriptor
 }
 
@@ -51,7 +54,10 @@ type seenKey struct {
 }
 
 // seen is how many bytes a transfer had fetched when the pull first saw it, and when it last did.
-type seen struct{ first, last int64 }
+type seen struct {
+	first, last int64
+	whole       bool // all bytes were there
+}
 
 // event takes one of containerd's.
 func (f *following) event(p ctransfer.Progress) {
@@ -62,7 +68,13 @@ func (f *following) event(p ctransfer.Progress) {
 	case p.Event == eventResolved:
 		f.image = *p.Desc
 	default:
+		if p.Event == eventExtracted {
+			p.Event = eventComplete
+		}
 		f.events[p.Desc.Digest] = p
+		if p.Event == eventDownloading && p.Progress > 0 {
+			f.loaded[p.Desc.Digest] = true
+		}
 	}
 }
 
@@ -70,6 +82,13 @@ func (f *following) target(desc ocispec.Descriptor) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	f.image = desc
+}
+
+// resolved says whether the registry knows the reference.
+func (f *following) resolved() bool {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.image.Digest != ""
 }
 
 // until tells how far the pull is until it has ended, and returns how.
@@ -94,6 +113,7 @@ func (f *following) finish(ctx context.Context) (State, error) {
 	if err := f.manifest(ctx); err != nil {
 		return State{}, err
 	}
+	f.settle()
 	s := f.snapshot(ctx)
 	for i := range s.Layers {
 		l := &s.Layers[i]
@@ -103,6 +123,29 @@ func (f *following) finish(ctx context.Context) (State, error) {
 		}
 	}
 	return s, nil
+}
+
+// failed tells how far a pull was that failed: most of it may have happened after the last look. It returns the layers.
+func (f *following) failed(ctx context.Context, err error) []Layer {
+	if ctx.Err() != nil {
+		return nil
+	}
+	s := f.snapshot(ctx)
+	s.Layers = noted(s.Layers, err)
+	f.pull.tell(s)
+	return s.Layers
+}
+
+// settle makes up for containerd's last events, which may be on their way when the pull has succeeded.
+func (f *following) settle() {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	for d, p := range f.events {
+		if p.Event != eventExists {
+			p.Event = eventComplete
+			f.events[d] = p
+		}
+	}
 }
 
 // manifest reads the layers once containerd has stored the manifest.
@@ -129,7 +172,11 @@ func (f *following) snapshot(ctx context.Context) State {
 	// Until the manifest is stored there is none to read; why a pull fails is told by the pull.
 	_ = f.manifest(ctx)
 	if r, err := f.report(ctx); err == nil {
-		f.latest = r // else containerd's events go on alone
+		f.latest = r
+	} else { // containerd's events go on alone
+		for i := range f.latest.Transfers {
+			f.latest.Transfers[i].Rate = 0
+		}
 	}
 	f.mu.Lock()
 	happened := maps.Clone(f.events)
@@ -151,9 +198,15 @@ func (f *following) layer(desc ocispec.Descriptor, r *status.Report, event ctran
 	t, ok := f.transferOf(desc, r)
 	if ok {
 		l.transferred(t)
+	} else if l.Phase == PhaseWaiting && f.wasWhole(desc) {
+		l.Phase, l.Received = PhaseUnpacking, l.Size // gantryd is done with the transfer
 	}
 	if event.Event == eventDownloading && event.Progress > l.Received && l.Phase != PhaseExists {
 		l.Phase, l.Received = PhaseFetching, event.Progress // by containerd, where gantry cannot
+	}
+	left := ok && t.Phase == string(transfer.PhaseFailed)
+	if event.Event == eventExtracting && (left || !ok) {
+		l.Phase, l.Received = PhaseUnpacking, l.Size
 	}
 	l.Fetched = f.fetched(desc)
 	if i := slices.IndexFunc(r.Unpacks, func(u status.Unpack) bool { return u.Digest == desc.Digest && u.Size == desc.Size }); i >= 0 {
@@ -173,13 +226,31 @@ func (f *following) layer(desc ocispec.Descriptor, r *status.Report, event ctran
 			l.Fetched = max(l.Fetched, x.Fetched)
 		}
 	}
-	if event.Event == eventComplete && l.Phase == PhaseUnpacking && l.Read == 0 {
-		l.Phase = PhaseDone // gantryd has its layer file already
+	if event.Event == eventComplete && l.Read == 0 && (l.Phase == PhaseUnpacking || left) {
+		l.Phase, l.Error = PhaseDone, "" // gantryd has its layer file already
 	}
-	if ok && t.Phase == string(transfer.PhaseFailed) && l.Phase == PhaseDone {
+	switch {
+	case left && l.Phase == PhaseDone:
 		l.Fetched += l.Size - t.Frontier // containerd fetched the rest
+	case l.Fetched == 0 && l.Phase != PhaseExists && f.alone(desc):
+		l.Fetched = l.Received
+		if event.Event == eventComplete {
+			l.Fetched = l.Size
+		}
 	}
 	return l
+}
+
+// alone says whether containerd fetched a layer without gantryd, which knew no way.
+func (f *following) alone(desc ocispec.Descriptor) bool {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	for key := range f.seen {
+		if key.blob.Digest == desc.Digest {
+			return false
+		}
+	}
+	return f.loaded[desc.Digest]
 }
 
 // during says whether something that took seconds from began on was there during this pull.
@@ -204,10 +275,20 @@ func (f *following) transferOf(desc ocispec.Descriptor, r *status.Report) (found
 		if !known && !ours {
 			s.first = t.Fetched
 		}
-		s.last = max(s.last, t.Fetched)
+		s.last, s.whole = max(s.last, t.Fetched), t.Received == t.Size
 		f.seen[key] = s
 	}
 	return found, ok
+}
+
+// wasWhole says whether a transfer that gantryd tells of no more had all bytes.
+func (f *following) wasWhole(desc ocispec.Descriptor) bool {
+	for key, s := range f.seen {
+		if s.whole && key.blob.Digest == desc.Digest && key.blob.Size == desc.Size {
+			return true
+		}
+	}
+	return false
 }
 
 // fetched is what gantryd fetched of a layer during this pull, as far as it was seen.

@@ -36,7 +36,7 @@ func (p *Pull) withoutContainerd(ctx context.Context) (_ *Summary, err error) {
 	p.tell(state)
 	target, image, err := p.resolve(ctx, r)
 	if err != nil {
-		return nil, fmt.Errorf("image %s: %w", p.named, err)
+		return nil, p.explain(err, nil)
 	}
 	state.Digest = target.Digest
 	f := &fetching{pull: p, manager: m, state: state}
@@ -47,7 +47,7 @@ func (p *Pull) withoutContainerd(ctx context.Context) (_ *Summary, err error) {
 		}
 	}
 	if err := f.wait(ctx); err != nil {
-		return nil, fmt.Errorf("image %s: %w", p.named, err)
+		return nil, p.explain(err, nil)
 	}
 	sum := summary(f.snapshot())
 	sum.Folder = p.Folder()
@@ -84,6 +84,7 @@ type fetchedBlob struct {
 	waited bool          // another process was at it
 	done   chan struct{} // closed when it has ended
 	err    error         // set before done is closed
+	left   bool          // another blob has failed; the same
 }
 
 // join starts the transfer of a blob from all hosts that have it, and waits for nothing.
@@ -119,6 +120,7 @@ func (f *fetching) wait(ctx context.Context) error {
 	for _, b := range f.blobs {
 		g.Go(func() error {
 			b.err = b.Wait(waitCtx)
+			b.left = waitCtx.Err() != nil && errors.Is(b.err, context.Cause(waitCtx))
 			close(b.done)
 			return b.err
 		})
@@ -177,7 +179,7 @@ func (b *fetchedBlob) report(t transfer.Status) Layer {
 	}
 	l.Rate = 0
 	switch {
-	case errors.Is(b.err, context.Canceled): // another blob has failed
+	case b.left:
 		return l
 	case b.err != nil:
 		l.Phase, l.Error = PhaseFailed, b.err.Error()

@@ -260,6 +260,7 @@ func (p *Puller) Layer(ctx context.Context, desc ocispec.Descriptor) (digest.Dig
 	}
 	l, err := p.unpacked(ctx, p.unpackKey(namespace, desc.Digest, desc.Size))
 	if err != nil {
+		_ = p.catalog.settle(ctx) // only to name the image
 		return "", 0, p.name(namespace, desc, err)
 	}
 	return p.checked(ctx, namespace, desc, l)
