@@ -52,6 +52,7 @@ func TestFullDisk(t *testing.T) {
 
 // TestFullDiskWhileCopying: what a private folder could not get all of does not keep the disk full.
 func TestFullDiskWhileCopying(t *testing.T) {
+	t.Parallel()
 	root := t.TempDir()
 	if err := unix.Mount("tmpfs", root, "tmpfs", 0, "size=3m"); err != nil {
 		t.Fatal(err)
