@@ -39,13 +39,17 @@ type folder struct {
 
 // folderName finds the folder's name: the plain one unless a transfer of another size has it.
 func folderName(root string, b Blob) string {
-	name := "sha256-" + b.Digest.Encoded()
+	name := plainName(b)
 	size, ok := peekSize(filepath.Join(root, name, stateName))
 	if ok && size != b.Size {
-		return fmt.Sprintf("%s.%d", name, b.Size)
+		return sizedName(b)
 	}
 	return name
 }
+
+func plainName(b Blob) string { return "sha256-" + b.Digest.Encoded() }
+
+func sizedName(b Blob) string { return fmt.Sprintf("%s.%d", plainName(b), b.Size) }
 
 // folderDigest is the hex digest in a folder's name; "" for a name that is none.
 func folderDigest(name string) string {

@@ -49,8 +49,14 @@ type fakeReply struct {
 	err     error         // with this error instead of io.EOF
 	stall   bool          // hang instead of ending
 	flip    bool          // one wrong byte
+	flipAt  int           // there, default in the middle
 	latency time.Duration // before each piece
 	piece   int           // bytes at once, default 64 KiB
+
+	pauseAt int64         // send so much,
+	paused  chan struct{} // close this,
+	after   chan struct{} // and go on when this is closed
+	told    chan struct{} // closed a second after the first bytes
 }
 
 func (s *fakeSource) Host() string { return s.host }
@@ -76,7 +82,7 @@ func (s *fakeSource) Open(ctx context.Context, off, n int64) (Body, error) {
 	p := s.data[off : off+n]
 	if r.flip {
 		p = bytes.Clone(p)
-		p[len(p)/2] ^= 1
+		p[cmp.Or(r.flipAt, len(p)/2)] ^= 1
 	}
 	if r.cut > 0 {
 		p = p[:min(r.cut, int64(len(p)))]
@@ -129,6 +135,9 @@ func (b *fakeBody) Read(p []byte) (int, error) {
 		}
 		return 0, io.EOF
 	}
+	if err := b.pause(); err != nil {
+		return 0, err
+	}
 	if b.reply.latency > 0 {
 		if err := sleep(b.ctx, b.reply.latency); err != nil {
 			return 0, err
@@ -140,6 +149,31 @@ func (b *fakeBody) Read(p []byte) (int, error) {
 	b.src.sent += int64(n)
 	b.src.mu.Unlock()
 	return n, nil
+}
+
+// pause waits where the reply says so.
+func (b *fakeBody) pause() error {
+	if b.reply.after == nil || int64(len(b.src.data)-len(b.rest)) < b.reply.pauseAt {
+		return nil
+	}
+	after := b.reply.after
+	b.reply.after = nil
+	if b.reply.paused != nil {
+		if err := sleep(b.ctx, time.Second); err != nil { // what was sent is hashed
+			return err
+		}
+		close(b.reply.paused)
+	}
+	select {
+	case <-after:
+	case <-b.ctx.Done():
+		return context.Cause(b.ctx)
+	}
+	if b.reply.told != nil {
+		told := b.reply.told
+		time.AfterFunc(time.Second, func() { close(told) })
+	}
+	return nil
 }
 
 func (b *fakeBody) Close() error {

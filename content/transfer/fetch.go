@@ -233,17 +233,14 @@ func (j *job) arrive(c *conn, n int64) {
 func (j *job) store(in *reader, end int64, buf []byte) (got int64, err error) {
 	s := in.conn.span
 	for {
-		j.mu.Lock()
-		left := min(s.end, end, stepEnd(s.off)) - s.off
-		if _, live := j.ledger.live[s]; !live {
-			left = 0 // one plain stream brings it
-		}
-		j.mu.Unlock()
+		left := min(end, stepEnd(s.off), j.ends(s)) - s.off
 		if left <= 0 {
 			return got, nil
 		}
 		n, err := in.fill(buf[:left])
-		if n > 0 {
+		// A span of which nothing has come may have been given to a plain stream while this waited for its first bytes.
+		// What that one stored may be hashed by now. Once something came, the span is this connection's until it ends.
+		if n > 0 && j.ends(s) > s.off {
 			if err := j.landed(in.conn.src.host, s, buf[:n]); err != nil {
 				return got, err
 			}
@@ -253,6 +250,16 @@ func (j *job) store(in *reader, end int64, buf []byte) (got int64, err error) {
 			return got, unexpected(err)
 		}
 	}
+}
+
+// ends is where a span ends that its connection still has; 0 if one plain stream brings it.
+func (j *job) ends(s *span) int64 {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	if _, live := j.ledger.live[s]; !live {
+		return 0
+	}
+	return s.end
 }
 
 // recordStep is what a kill may cost of each connection, beside what the kernel holds of it. Blocks are whole

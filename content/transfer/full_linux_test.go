@@ -2,10 +2,12 @@ package transfer
 
 import (
 	"errors"
+	"os"
 	"path/filepath"
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -46,4 +48,33 @@ func TestFullDisk(t *testing.T) {
 	}
 	_ = again.Close()
 	_ = h.Close()
+}
+
+// TestFullDiskWhileCopying: what a private folder could not get all of does not keep the disk full.
+func TestFullDiskWhileCopying(t *testing.T) {
+	t.Parallel()
+	root := t.TempDir()
+	if err := unix.Mount("tmpfs", root, "tmpfs", 0, "size=3m"); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := unix.Unmount(root, unix.MNT_DETACH); err != nil {
+			t.Error(err)
+		}
+	})
+	data, b := randomBlob(7, 4<<20)
+	gate := newGate(2 << 20)
+	m1 := newManager(t, root, lockOptions)
+	h1 := join(t, m1, b, &fakeSource{host: "a", data: data, reply: gate.reply})
+	frontierOf(t, h1, 2<<20)
+	m2 := newManager(t, root, stuckAfter(200*time.Millisecond))
+	h2 := join(t, m2, b, &fakeSource{host: "a", data: data})
+	if err := h2.Wait(t.Context()); !errors.Is(err, syscall.ENOSPC) {
+		t.Errorf("got %v, want ENOSPC", err)
+	}
+	if _, err := os.Lstat(folderPath(root, privateName(b, 1))); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("the private folder: %v", err)
+	}
+	_, _ = h2.Close(), h1.Close()
+	_, _ = m2.Close(), m1.Close()
 }

@@ -275,7 +275,10 @@ func (j *job) moveElsewhere(ctx context.Context, own *holding) (*holding, error)
 		return nil, errors.Join(err, other.lock.Close())
 	}
 	j.logger(ctx, name).Info("another process completed the blob: taking it from there")
-	return other, own.drop(folderPath(j.root, own.name))
+	if err := own.drop(folderPath(j.root, own.name)); err != nil {
+		j.logger(ctx, own.name).WithError(err).Warn("the blob is there, but what was fetched here could not be removed")
+	}
+	return other, nil
 }
 
 // share waits a moment for whoever finished a folder to let others in.
@@ -304,7 +307,7 @@ func (j *job) goOn(ctx context.Context, f *folder) error {
 	default:
 		n, err := f.inherit(ctx, old, shown)
 		if err != nil {
-			return errors.Join(diskError(f.path, err), f.closeState(), f.data.Close())
+			return errors.Join(diskError(f.path, err), f.abandonCopy(), f.data.Close())
 		}
 		keep = n == shown
 		j.logger(ctx, filepath.Base(f.path)).Warnf("whoever fetches the blob in %s made no progress for %s: going on with a copy, from %d of %d bytes",

@@ -34,3 +34,12 @@ func (f *folder) inherit(ctx context.Context, from *folder, n int64) (int64, err
 	}
 	return n, nil
 }
+
+// abandonCopy closes the state, and removes the folder if nothing is recorded in it: what was copied before the disk was
+// full would only keep it full.
+func (f *folder) abandonCopy() error {
+	if len(f.log.blocks) == 0 {
+		return f.remove()
+	}
+	return f.closeState()
+}

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"os"
 	"slices"
 	"strings"
@@ -21,6 +22,7 @@ const distrust = 10 * time.Minute
 
 // download fetches until the digest is right.
 func (j *job) download(ctx context.Context) error {
+	j.askAll()
 	err := j.attempt(ctx)
 	if !errors.Is(err, errMismatch) {
 		return err
@@ -28,6 +30,13 @@ func (j *job) download(ctx context.Context) error {
 	q := &inquiry{job: j, asked: map[string]bool{}}
 	defer q.close()
 	return q.run(ctx, err)
+}
+
+// askAll ends what is left of an inquiry that was broken off for another folder, which then was not to be had.
+func (j *job) askAll() {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	j.only = ""
 }
 
 // inquiry follows a digest mismatch. Only the whole blob has a digest, so with several hosts nobody knows who lied:
@@ -292,24 +301,24 @@ func (j *job) giveUp(wrong []error) error {
 func (j *job) restart(only string) error {
 	j.mu.Lock()
 	defer j.mu.Unlock()
+	j.startOver() // also if this fails: what there was is known to be wrong
+	j.served = served{}
+	j.only = only
 	old := j.folder.data
-	if err := errors.Join(j.folder.reset(), old.Close()); err != nil {
+	if err := j.folder.reset(); err != nil {
 		return diskError(j.folder.path, err)
 	}
-	j.served = served{}
-	j.startOver()
-	j.only = only
-	return nil
+	return old.Close()
 }
 
 // again makes blocks missing, by number, and tells readers so.
 func (j *job) again(blocks []bool) error {
 	j.mu.Lock()
 	defer j.mu.Unlock()
+	j.startOver() // also if this fails
 	if err := j.folder.unrecord(blocks); err != nil {
 		return diskError(j.folder.path, err)
 	}
-	j.startOver()
 	return nil
 }
 
@@ -333,16 +342,14 @@ func (j *job) otherTrusted() bool {
 func (s *shared) caught(host string) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.liars[host] = time.Now().Add(distrust)
+	now := time.Now()
+	maps.DeleteFunc(s.liars, func(_ string, until time.Time) bool { return now.After(until) })
+	s.liars[host] = now.Add(distrust)
 }
 
 // lied says whether a host sent wrong bytes lately.
 func (s *shared) lied(host string) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	until, ok := s.liars[host]
-	if ok && time.Now().After(until) {
-		delete(s.liars, host)
-	}
-	return ok && time.Now().Before(until)
+	return time.Now().Before(s.liars[host])
 }

@@ -7,7 +7,6 @@ import (
 	"os"
 	"path/filepath"
 	"strconv"
-	"strings"
 	"sync"
 	"time"
 
@@ -23,10 +22,8 @@ const (
 
 // privateName is the nth folder beside the main one, for those whose holder of the main one is stuck.
 func privateName(b Blob, n int) string {
-	return privatePrefix(b) + strconv.Itoa(n)
+	return sizedName(b) + "." + strconv.Itoa(n)
 }
-
-func privatePrefix(b Blob) string { return fmt.Sprintf("sha256-%s.%d.", b.Digest.Encoded(), b.Size) }
 
 // places is what a job knows of the folders that its blob may be in.
 type places struct {
@@ -52,18 +49,26 @@ func newPlaces(root string, b Blob) *places {
 	return &places{root: root, blob: b, vigils: map[string]*vigil{}, refused: map[string]refused{}}
 }
 
-// names lists the folders: the main one, there or not, and the private ones that somebody has made.
+// names lists the folders: the main one, there or not, and others that somebody has made: private ones, and the one
+// that was the main one while another size had that name.
 func (p *places) names() []string {
-	names := []string{folderName(p.root, p.blob)}
+	main, sized := folderName(p.root, p.blob), sizedName(p.blob)
+	names := []string{main}
+	if sized != main && p.made(sized) {
+		names = append(names, sized)
+	}
 	for n := range maxPrivate {
-		name := privateName(p.blob, n+1)
-		_, folder := os.Lstat(folderPath(p.root, name))
-		_, lock := os.Lstat(lockPath(p.root, name))
-		if folder == nil || lock == nil {
+		if name := privateName(p.blob, n+1); p.made(name) {
 			names = append(names, name)
 		}
 	}
 	return names
+}
+
+func (p *places) made(name string) bool {
+	_, folder := os.Lstat(folderPath(p.root, name))
+	_, lock := os.Lstat(lockPath(p.root, name))
+	return folder == nil || lock == nil
 }
 
 // finished finds a folder that claims to hold all of the blob, other than except.
@@ -108,7 +113,7 @@ func (p *places) refusal(name string) (refused, bool) {
 }
 
 func (p *places) isRefused(name string) bool {
-	_, ok := p.refused[name]
+	_, ok := p.refusal(name)
 	return ok && !p.complete(name)
 }
 
@@ -177,7 +182,7 @@ func (j *job) take(name string) (*holding, error) {
 	if err != nil {
 		return nil, fmt.Errorf("lock %s: %w", name, err)
 	}
-	if h != nil && !strings.HasPrefix(name, privatePrefix(j.blob)) && folderName(j.root, j.blob) != name {
+	if h != nil && name == plainName(j.blob) && folderName(j.root, j.blob) != name {
 		// Taken by the other size between the look and the lock.
 		return nil, h.lock.Close()
 	}

@@ -94,11 +94,17 @@ func (m *Manager) folders(d digest.Digest) ([]string, error) {
 	if d.Algorithm() != digest.SHA256 {
 		return nil, nil
 	}
-	names, err := filepath.Glob(filepath.Join(m.root, "sha256-"+d.Encoded()+"*"))
-	for i, n := range names {
-		names[i] = filepath.Base(n)
+	entries, err := os.ReadDir(m.root)
+	if err != nil {
+		return nil, fmt.Errorf("transfers of %s: %w", d, err)
 	}
-	return names, err
+	var names []string
+	for _, e := range entries {
+		if folderDigest(e.Name()) == d.Encoded() {
+			names = append(names, e.Name())
+		}
+	}
+	return names, nil
 }
 
 // unwanted has those who still hold the blob remove it when they are done.
