@@ -15,8 +15,8 @@ import (
 //   - It looks at windows of 150 ms or five times the latency, whichever is longer, and only at windows in which requests
 //     waited for a connection almost all the time: otherwise the limit was not what mattered.
 //   - A trial changes the limit, lets the connections settle for a moment, and compares a window with the rate before.
-//     A rise must bring a good part of what it adds in one window of two, or it is undone. The first rises are by a half; once one brought
-//     nothing they are by an eighth, and trials last three windows.
+//     A rise must bring a good part of what it adds, or it is undone. The first rises are by a half and are given two
+//     windows, should this machine be busy; once one brought nothing they are by an eighth, and a window is three.
 //   - A rise that brings nothing is followed by trials of fewer connections: as long as the rate stays, fewer do as
 //     well, and a kill or a cut costs less. A latency to the first byte that doubled asks for such a trial, too.
 //   - Then it holds still, for half a second at first and twice as long after each fruitless round, and tries again.
@@ -152,7 +152,7 @@ func (c *control) judge(now time.Time, rate float64) {
 	case c.limit > c.from && rate >= c.rate*(1+minGain*(float64(c.limit)/float64(c.from)-1)):
 		c.rate, c.pause = rate, pauseMin
 		c.rise(now)
-	case c.limit > c.from && !c.doubted:
+	case c.limit > c.from && !c.gentle && !c.doubted:
 		c.doubted = true // this machine may have been busy with something else
 	case c.limit > c.from:
 		c.gentle = true
