@@ -350,3 +350,28 @@ func checkLedger(t *testing.T, l *ledger, have int64) {
 		t.Fatalf("frontier %d of %d", f, l.size)
 	}
 }
+
+// TestLinkedDataIsNotWritten: data that has another name, though no record says that it is complete, belongs to somebody
+// else too. It is replaced, never written.
+func TestLinkedDataIsNotWritten(t *testing.T) {
+	t.Parallel()
+	data, b := randomBlob(51, 3<<20)
+	root := t.TempDir()
+	f, err := openFolder(filepath.Join(root, folderName(root, b)), b, false)
+	if err != nil {
+		t.Fatal(err)
+	}
+	other := filepath.Join(t.TempDir(), "other")
+	if err := errors.Join(os.Link(f.data.Name(), other), f.closeState(), f.data.Close()); err != nil {
+		t.Fatal(err)
+	}
+	m := newManager(t, root, Options{})
+	h := join(t, m, b, &fakeSource{host: "a", data: data})
+	wait(t, h)
+	if got, err := readAll(t, h); err != nil || !bytes.Equal(got, data) {
+		t.Errorf("read %d bytes, %v", len(got), err)
+	}
+	if got, err := os.ReadFile(other); err != nil || !bytes.Equal(got, make([]byte, b.Size)) {
+		t.Errorf("the other name's file was written: %v", err)
+	}
+}

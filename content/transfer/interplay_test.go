@@ -98,7 +98,7 @@ func TestRestartFails(t *testing.T) {
 				h.job.mu.Lock()
 				h.closed = true
 				h.job.mu.Unlock()
-				_ = <-done
+				<-done
 				t.Error("the read never ends")
 			}
 			if err := errors.Join(j.suspend(), j.retire()); err != nil {
