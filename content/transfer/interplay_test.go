@@ -98,8 +98,7 @@ func TestRestartFails(t *testing.T) {
 				h.job.mu.Lock()
 				h.closed = true
 				h.job.mu.Unlock()
-				<-done
-				t.Error("the read never ends")
+				t.Errorf("the read never ends, but with the handle: %v", <-done)
 			}
 			if err := errors.Join(j.suspend(), j.retire()); err != nil {
 				t.Error(err)
