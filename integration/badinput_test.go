@@ -8,7 +8,6 @@ import (
 	"os"
 	"strings"
 	"testing"
-	"time"
 
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
@@ -96,9 +95,7 @@ func TestBadInput(t *testing.T) {
 		{name: "size too small", spec: lying(func(m *ocispec.Manifest, _ *ocispec.Image) { m.Layers[2].Size -= 1000 })},
 		{name: "digest does not match", spec: func(seed uint64) harness.ImageSpec { return small(seed, 2<<20) }, corrupt: true},
 	}
-	// ctr --local finds the lower layers that a failed pull left, and containerd's collector may take them before it
-	// builds on them: not what is tested here.
-	n, r, p := setup(t, harness.Options{GCDelay: time.Hour})
+	n, r, p := setup(t, harness.Options{})
 	seed := uint64(50)
 	for _, c := range cases {
 		for way, args := range map[string][]string{"transfer service": nil, "local": {"--local"}} {
@@ -123,7 +120,15 @@ func TestBadInput(t *testing.T) {
 				}
 				p.SetRule(nil)
 				_, good := push(t, r, p.Host(), "good", small(seed+1, 1<<20))
-				mustPull(t, n, "default", good, args...)
+				_, err = n.Pull(t.Context(), "default", good, args...)
+				if err != nil && strings.Contains(err.Error(), "parent snapshot") {
+					// ctr --local finds the lower layers that the failed pull left and holds no lease of them, and
+					// containerd's collector takes them before it builds on them: not what is tested here.
+					_, err = n.Pull(t.Context(), "default", good, args...)
+				}
+				if err != nil {
+					t.Fatal(err)
+				}
 				checkImage(t, n, "default", good)
 			})
 		}
