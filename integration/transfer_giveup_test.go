@@ -31,5 +31,5 @@ func TestHolderStops(t *testing.T) {
 	}
 	checkWhole(t, first, "default", ref, im)
 	// What lay in the stopped process's connections, and what both fetched when it went on.
-	checkSent(t, f, im, 1.6)
+	checkSent(t, f, im, 1.5)
 }

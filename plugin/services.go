@@ -131,7 +131,7 @@ func newPull(
 ) (*pull.Puller, error) {
 	return pull.New(pull.Options{
 		Transfers: transfers, Registry: sources, Layers: layers, Containerd: client,
-		Isolated: c.Containerd.ContentSharingPolicy == config.PolicyIsolated, Workers: c.UnpackWorkers(),
+		Isolated: c.Isolated(), Workers: c.UnpackWorkers(),
 	})
 }
 
@@ -143,7 +143,7 @@ func initContent(ic *cplugin.InitContext) (any, error) {
 	c := configOf(ic)
 	store, err := content.NewStore(c.Content.Root, content.Options{
 		Fetcher: puller, Observer: puller,
-		Isolated: c.Containerd.ContentSharingPolicy == config.PolicyIsolated, GiveUp: c.Transfer.GiveUp,
+		Isolated: c.Isolated(), GiveUp: c.Transfer.GiveUp,
 	})
 	if err != nil {
 		return nil, err

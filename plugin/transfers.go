@@ -32,7 +32,7 @@ type transfers struct {
 }
 
 func openTransfers(c *config.Config) (*transfers, error) {
-	t := &transfers{config: c, options: setup.TransferOptions(c), isolated: setup.Isolated(c), managers: make(map[string]*transfer.Manager)}
+	t := &transfers{config: c, options: setup.TransferOptions(c), isolated: c.Isolated(), managers: make(map[string]*transfer.Manager)}
 	if !t.isolated {
 		_, err := t.of("")
 		return t, err

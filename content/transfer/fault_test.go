@@ -194,6 +194,38 @@ func TestOutage(t *testing.T) {
 	}
 }
 
+// TestMistakenHostStaysPlain has a right reply, asked for before the first mistake, come after it: the host is not asked for
+// ranges again.
+func TestMistakenHostStaysPlain(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		data, b := randomBlob(3, 8<<20)
+		var mistaken, after atomic.Bool
+		src := &fakeSource{host: "a", data: data, reply: func(_ context.Context, call int, off, n int64) (fakeReply, error) {
+			switch {
+			case n == b.Size:
+			case call == 2:
+				mistaken.Store(true)
+				return fakeReply{off: off + 1, n: n}, nil
+			case call == 3:
+				time.Sleep(time.Second)
+			case mistaken.Load():
+				after.Store(true)
+			}
+			return fakeReply{}, nil
+		}}
+		m := newManager(t, t.TempDir(), Options{ChunkSize: 1 << 20, Hosts: NewHosts(HostLimits{PerHost: 2})})
+		h := join(t, m, b, src)
+		wait(t, h)
+		if got, err := readAll(t, h); err != nil || !bytes.Equal(got, data) {
+			t.Errorf("read %d bytes, %v", len(got), err)
+		}
+		if after.Load() {
+			t.Error("a range was asked for after the host had mistaken one")
+		}
+	})
+}
+
 // TestGivesUp shows when and how a transfer ends that cannot be completed.
 func TestGivesUp(t *testing.T) {
 	t.Parallel()

@@ -145,11 +145,10 @@ func (j *job) learn(h *host, r ranges, sure bool) bool {
 	if !sure || h.ranges == r {
 		return r != rangesNo || h.conns == 1
 	}
-	if h.ranges == rangesNo && h.conns > 1 {
-		return true // asked before the host changed its mind
+	if h.ranges == rangesNo {
+		return true // asked before that was known; nobody asks it for ranges again
 	}
 	j.shared.hosts.learnRanges(h.shared, r == rangesYes)
-	first := r == rangesYes || h.ranges != rangesNo
 	h.ranges = r
 	if r == rangesNo {
 		for c := range j.conns { // the stream brings what they asked for, too
@@ -159,7 +158,7 @@ func (j *job) learn(h *host, r ranges, sure bool) bool {
 		}
 	}
 	j.wake()
-	return first
+	return true
 }
 
 // patience is how long a source may take until its first byte: short when there is another host to try and this one

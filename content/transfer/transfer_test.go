@@ -53,38 +53,40 @@ func TestTransferSizes(t *testing.T) {
 
 func TestParallelInOrder(t *testing.T) {
 	t.Parallel()
-	data, b := randomBlob(2, 40<<20)
-	release := make(chan struct{})
-	src := &fakeSource{host: "a", data: data}
-	src.reply = func(ctx context.Context, _ int, off, _ int64) (fakeReply, error) {
-		if off == 1<<20 { // the second chunk comes last
-			select {
-			case <-release:
-			case <-ctx.Done():
+	synctest.Test(t, func(t *testing.T) { // in real time a busy machine holds the second chunk until it is taken over
+		data, b := randomBlob(2, 40<<20)
+		release := make(chan struct{})
+		src := &fakeSource{host: "a", data: data}
+		src.reply = func(ctx context.Context, _ int, off, _ int64) (fakeReply, error) {
+			if off == 1<<20 { // the second chunk comes last
+				select {
+				case <-release:
+				case <-ctx.Done():
+				}
 			}
+			return fakeReply{}, nil
 		}
-		return fakeReply{}, nil
-	}
-	m := newManager(t, t.TempDir(), Options{ChunkSize: 1 << 20, ConnectionsPerHost: 4})
-	h := join(t, m, b, src)
-	// The others run ahead of the frontier by 4 × 4 chunks and stop there.
-	eventually(t, "run ahead", func() bool {
-		return h.Frontier() == 1<<20 && m.List()[0].Received == 16<<20
+		m := newManager(t, t.TempDir(), Options{ChunkSize: 1 << 20, ConnectionsPerHost: 4})
+		h := join(t, m, b, src)
+		// The others run ahead of the frontier by 4 × 4 chunks and stop there.
+		eventually(t, "run ahead", func() bool {
+			return h.Frontier() == 1<<20 && m.List()[0].Received == 16<<20
+		})
+		buf := make([]byte, 2<<20)
+		if n, err := h.ReadAt(t.Context(), buf, 0); err != nil || n != 1<<20 || !bytes.Equal(buf[:n], data[:n]) {
+			t.Errorf("read %d, %v; want the first chunk", n, err)
+		}
+		ctx, cancel := context.WithTimeout(t.Context(), 20*time.Millisecond)
+		defer cancel()
+		if n, err := h.ReadAt(ctx, buf, 1<<20); n != 0 || !errors.Is(err, context.DeadlineExceeded) {
+			t.Errorf("read at the frontier: %d, %v; want it to wait", n, err)
+		}
+		close(release)
+		wait(t, h)
+		if calls, sent := src.stats(); calls != 40 || sent != b.Size || src.maxOpen > 4 {
+			t.Errorf("%d requests, %d bytes, %d at once", calls, sent, src.maxOpen)
+		}
 	})
-	buf := make([]byte, 2<<20)
-	if n, err := h.ReadAt(t.Context(), buf, 0); err != nil || n != 1<<20 || !bytes.Equal(buf[:n], data[:n]) {
-		t.Errorf("read %d, %v; want the first chunk", n, err)
-	}
-	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Millisecond)
-	defer cancel()
-	if n, err := h.ReadAt(ctx, buf, 1<<20); n != 0 || !errors.Is(err, context.DeadlineExceeded) {
-		t.Errorf("read at the frontier: %d, %v; want it to wait", n, err)
-	}
-	close(release)
-	wait(t, h)
-	if calls, sent := src.stats(); calls != 40 || sent != b.Size || src.maxOpen > 4 {
-		t.Errorf("%d requests, %d bytes, %d at once", calls, sent, src.maxOpen)
-	}
 }
 
 func TestCoalescing(t *testing.T) {

@@ -128,6 +128,9 @@ func (f field) follows() bool {
 	return ok && f.derived != "" && *p.at == filepath.Join(*f.parent, f.derived)
 }
 
+// Isolated says whether containerd isolates content by namespace.
+func (c *Config) Isolated() bool { return c.Containerd.ContentSharingPolicy == PolicyIsolated }
+
 // mostlyWaiting is how many layers are unpacked at once at least: a layer that arrives slower than it is
 // unpacked keeps its worker, and must not keep the others from being unpacked as they arrive.
 const mostlyWaiting = 8

@@ -27,7 +27,7 @@ const leastUnpacks = 4
 func (c *Config) WriteContainerd(w io.Writer) error {
 	var b bytes.Buffer
 	err := dropIn.Execute(&b, map[string]any{
-		"Config": c, "Isolated": c.Containerd.ContentSharingPolicy == PolicyIsolated,
+		"Config": c, "Isolated": c.Isolated(),
 		"Snapshotter": SnapshotterName, "Content": ContentName, "Differ": DifferName,
 		"Platform": platforms.Format(platforms.DefaultSpec()), "Unpacks": max(c.UnpackWorkers(), leastUnpacks),
 		"Version": Version,

@@ -28,15 +28,10 @@ func Credentials(c *config.Config) (func(host string) (user, secret string, err 
 	return registry.DockerCredentials(c.Registry.Credentials)
 }
 
-// Isolated says whether containerd isolates content by namespace.
-func Isolated(c *config.Config) bool {
-	return c.Containerd.ContentSharingPolicy == config.PolicyIsolated
-}
-
 // TransferFolder is where the blobs of a namespace are fetched to; all namespaces share one unless content is isolated.
 // The namespace must be a valid one: it becomes a folder.
 func TransferFolder(c *config.Config, namespace string) string {
-	if Isolated(c) {
+	if c.Isolated() {
 		return filepath.Join(NamespaceFolders(c), namespace)
 	}
 	return c.Transfer.Root
