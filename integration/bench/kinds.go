@@ -1,0 +1,124 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"github.com/gantryd/gantry/integration/harness"
+)
+
+// kind is one way to get an image.
+type kind struct {
+	name string
+	node harness.Options
+	// pull gets the image; nil: `ctr image pull` on a node made by these options.
+	pull func(ctx context.Context, b *bench, ref string) (time.Duration, error)
+	// missing says why this cannot be measured here, "" if it can.
+	missing func(ctx context.Context) string
+}
+
+// The kinds. Overlayfs is as shipped: no key changed, neither of the programs that unpack gzip faster (shipped is
+// rated with them looked for in PATH; what this machine has there must not decide).
+var (
+	gantry    = kind{name: "gantry", node: harness.Options{Snapshotter: harness.Gantry}}
+	discard   = kind{name: "discard", node: harness.Options{Snapshotter: harness.Gantry, GantryExtra: "\n[content]\nretain = 'none'\n"}, missing: noRetain}
+	overlayfs = kind{name: "overlayfs", node: harness.Options{Snapshotter: harness.Overlayfs}}
+	erofs     = kind{name: "erofs", node: harness.Options{Snapshotter: harness.Erofs, ContainerdExtra: tunedErofs}, missing: noMkfs}
+	skopeo    = kind{name: "skopeo", pull: copyBlobs, missing: noSkopeo}
+)
+
+// everybody are the kinds that large images are compared by.
+var everybody = []kind{gantry, discard, overlayfs, erofs, skopeo}
+
+// tunedErofs is the best that containerd's erofs snapshotter is told to do: its documentation's options
+// for mkfs.erofs, layers fetched in parallel chunks of 8 MiB, 8 downloads and 4 unpacks at once.
+const tunedErofs = `
+[plugins.'io.containerd.differ.v1.erofs']
+mkfs_options = ['-T0', '--mkfs-time', '--sort=none']
+
+[plugins.'io.containerd.transfer.v1.local']
+concurrent_layer_fetch_buffer = 8388608
+max_concurrent_downloads = 8
+max_concurrent_unpacks = 4
+
+[[plugins.'io.containerd.transfer.v1.local'.unpack_config]]
+platform = 'linux'
+snapshotter = 'erofs'
+differ = 'erofs'
+`
+
+// noMkfs wants mkfs.erofs where containerd will look for it, with the options it will be given.
+func noMkfs(ctx context.Context) string {
+	program, err := harness.Program("mkfs.erofs")
+	if err != nil {
+		if program, err = exec.LookPath("mkfs.erofs"); err != nil {
+			return "mkfs.erofs is missing: make erofs-utils"
+		}
+	}
+	help, err := exec.CommandContext(ctx, program, "--help").CombinedOutput()
+	if err != nil {
+		return fmt.Sprintf("%s --help: %v: %s", program, err, help)
+	}
+	if !strings.Contains(string(help), "--tar=") || !strings.Contains(string(help), "--sort=") {
+		return program + " is too old: 1.8.2 or later is needed (make erofs-utils)"
+	}
+	return ""
+}
+
+// noRetain asks gantryd itself which keys it knows.
+func noRetain(ctx context.Context) string {
+	program, err := harness.Program("gantryd")
+	if err != nil {
+		return err.Error()
+	}
+	config, err := exec.CommandContext(ctx, program, "config", "default").Output()
+	if err != nil {
+		return fmt.Sprintf("gantryd config default: %v", err)
+	}
+	if !strings.Contains(string(config), "retain") {
+		return "this gantryd has no key content.retain"
+	}
+	return ""
+}
+
+func noSkopeo(context.Context) string {
+	if _, err := exec.LookPath("skopeo"); err != nil {
+		return "skopeo is missing: make bench-prerequisites"
+	}
+	return ""
+}
+
+// copyBlobs only fetches and stores the compressed blobs, with their digests checked. Nothing is unpacked or synced.
+func copyBlobs(ctx context.Context, b *bench, ref string) (time.Duration, error) {
+	ctx, cancel := context.WithTimeout(ctx, 3*time.Minute)
+	defer cancel()
+	begin := time.Now()
+	out, err := exec.CommandContext(ctx, "skopeo", "--insecure-policy", "copy", "--quiet", "--src-tls-verify=false",
+		"docker://"+ref, "dir:"+filepath.Join(b.disk.Path, "blobs")).CombinedOutput()
+	if err != nil {
+		return 0, errors.Join(fmt.Errorf("skopeo: %w: %s", err, out), context.Cause(ctx))
+	}
+	return time.Since(begin), nil
+}
+
+// present returns the kinds that can be measured here, and says why others cannot.
+func present(ctx context.Context, kinds []kind) []kind {
+	var found []kind
+	for _, k := range kinds {
+		why := ""
+		if k.missing != nil {
+			why = k.missing(ctx)
+		}
+		if why != "" {
+			fmt.Printf("NOT MEASURED: %s: %s\n", k.name, why)
+			continue
+		}
+		found = append(found, k)
+	}
+	return found
+}
