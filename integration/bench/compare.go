@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"slices"
 	"time"
@@ -17,6 +18,7 @@ import (
 // contest is one image, pulled in turns by several kinds.
 type contest struct {
 	host, ref string
+	registry  []int // process ids
 	kinds     []kind
 	gib       int    // of the disk each pull gets
 	warm      string // folder that the registry serves from; "": it reads its disk
@@ -24,16 +26,16 @@ type contest struct {
 
 // compare pulls in turns and returns the medians by kind.
 func (b *bench) compare(ctx context.Context, c contest) (medians, error) {
-	kinds := present(ctx, c.kinds)
+	kinds := b.present(ctx, c.kinds)
 	times := map[string][]time.Duration{}
 	for round := range b.rounds {
 		for _, k := range kinds {
-			d, err := b.once(ctx, k, c)
+			took, err := b.once(ctx, k, c)
 			if err != nil {
 				return nil, fmt.Errorf("%s: %w", k.name, err)
 			}
-			times[k.name] = append(times[k.name], d)
-			fmt.Printf("round %d  %-10s %6.2fs\n", round+1, k.name, d.Seconds())
+			times[k.name] = append(times[k.name], took.wall)
+			fmt.Printf("round %d  %-10s %s\n", round+1, k.name, took)
 		}
 		kinds = slices.Concat(kinds[1:], kinds[:1]) // who goes first changes
 	}
@@ -42,7 +44,7 @@ func (b *bench) compare(ctx context.Context, c contest) (medians, error) {
 		if all := times[k.name]; all != nil {
 			m[k.name] = median(all)
 			fmt.Printf("median of %d  %-10s %6.2fs  (%.2f to %.2f)", b.rounds, k.name, m[k.name].Seconds(), slices.Min(all).Seconds(), slices.Max(all).Seconds())
-			if k.name != gantry.name {
+			if k.name != gantry.name && m[gantry.name] > 0 {
 				fmt.Printf("  ratio %.2f", m[k.name].Seconds()/m[gantry.name].Seconds())
 			}
 			fmt.Println()
@@ -56,8 +58,8 @@ type medians map[string]time.Duration
 
 // faster prints whether gantry is so many times faster than another kind.
 func (m medians) faster(other kind, times float64) {
-	theirs, ok := m[other.name]
-	if !ok {
+	theirs := m[other.name]
+	if theirs == 0 || m[gantry.name] == 0 {
 		fmt.Printf("bound: at least %g times faster than %s: NOT MEASURED\n", times, other.name)
 		return
 	}
@@ -67,8 +69,8 @@ func (m medians) faster(other kind, times float64) {
 
 // within prints whether gantry takes at most so many times as long as another kind.
 func (m medians) within(other kind, times float64) {
-	theirs, ok := m[other.name]
-	if !ok {
+	theirs := m[other.name]
+	if theirs == 0 || m[gantry.name] == 0 {
 		fmt.Printf("bound: at most %g times as long as %s: NOT MEASURED\n", times, other.name)
 		return
 	}
@@ -85,31 +87,63 @@ func held(ok bool) string {
 
 // once gives one kind a disk and a node with nothing on them, and pulls. Both are
 // gone afterwards; what that costs is over before the next begins.
-func (b *bench) once(ctx context.Context, k kind, c contest) (took time.Duration, err error) {
+func (b *bench) once(ctx context.Context, k kind, c contest) (took cost, err error) {
 	if err := b.freshDisk(ctx, c.gib); err != nil {
-		return 0, err
+		return took, err
 	}
 	defer func() { err = errors.Join(err, b.disk.Close()) }()
-	if k.pull != nil {
-		if err := coldCache(c.warm); err != nil {
-			return 0, err
-		}
-		return k.pull(ctx, b, c.ref)
+	if k.command != nil {
+		return b.run(ctx, k.command(b, c.ref), c)
 	}
 	n, err := b.node(ctx, k.node, c.host)
 	if err != nil {
-		return 0, err
+		return took, err
 	}
 	defer func() { err = errors.Join(err, n.Close()) }()
 	if err := coldCache(c.warm); err != nil {
-		return 0, err
+		return took, err
 	}
-	begin := time.Now()
+	clock, err := startClock(pids(n), c.registry)
+	if err != nil {
+		return took, err
+	}
 	if _, err := n.Pull(ctx, "default", c.ref); err != nil {
-		return 0, err
+		return took, err
 	}
-	took = time.Since(begin)
+	if took, err = clock.stop(); err != nil {
+		return took, err
+	}
 	return took, n.Complete(ctx, "default", c.ref)
+}
+
+// run measures a command that gets the image.
+func (b *bench) run(ctx context.Context, args []string, c contest) (cost, error) {
+	if err := coldCache(c.warm); err != nil {
+		return cost{}, err
+	}
+	ctx, cancel := context.WithTimeoutCause(ctx, 3*time.Minute, fmt.Errorf("%s hangs", args[0]))
+	defer cancel()
+	clock, err := startClock(nil, c.registry)
+	if err != nil {
+		return cost{}, err
+	}
+	cmd := exec.CommandContext(ctx, args[0], args[1:]...)
+	out, err := cmd.CombinedOutput()
+	if err != nil {
+		return cost{}, errors.Join(fmt.Errorf("%s: %w: %s", args[0], err, out), context.Cause(ctx))
+	}
+	took, err := clock.stop()
+	took.cpu = cmd.ProcessState.UserTime() + cmd.ProcessState.SystemTime()
+	return took, err
+}
+
+// pids are the processes whose CPU time is a pull's.
+func pids(n *harness.Node) []int {
+	all := []int{n.Containerd().PID()}
+	if g := n.Gantryd(); g != nil {
+		all = append(all, g.PID())
+	}
+	return all
 }
 
 // node starts a node that knows the registry. The caller closes it.
@@ -127,7 +161,13 @@ func (b *bench) node(ctx context.Context, o harness.Options, host string) (*harn
 
 // freshDisk makes the folder for temporary files, where nodes live, a disk of its own.
 func (b *bench) freshDisk(ctx context.Context, gib int) (err error) {
-	if b.disk, err = harness.NewDisk(ctx, filepath.Join(b.dir, "disk"), gib); err != nil {
+	dir := filepath.Join(b.dir, "disk")
+	if b.ownDisk {
+		b.disk, err = harness.NewFolder(dir)
+	} else {
+		b.disk, err = harness.NewDisk(ctx, dir, gib)
+	}
+	if err != nil {
 		return err
 	}
 	return os.Setenv("TMPDIR", b.disk.Path)

@@ -2,12 +2,11 @@ package main
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
-	"time"
 
 	"github.com/gantryd/gantry/integration/harness"
 )
@@ -16,20 +15,19 @@ import (
 type kind struct {
 	name string
 	node harness.Options
-	// pull gets the image; nil: `ctr image pull` on a node made by these options.
-	pull func(ctx context.Context, b *bench, ref string) (time.Duration, error)
+	// command gets the image; nil: `ctr image pull` on a node made by these options does.
+	command func(b *bench, ref string) []string
 	// missing says why this cannot be measured here, "" if it can.
 	missing func(ctx context.Context) string
 }
 
-// The kinds. Overlayfs is as shipped: no key changed, neither of the programs that unpack gzip faster (shipped is
-// rated with them looked for in PATH; what this machine has there must not decide).
+// The kinds. Overlayfs is as shipped: no key changed, and without the programs that unpack gzip faster.
 var (
 	gantry    = kind{name: "gantry", node: harness.Options{Snapshotter: harness.Gantry}}
 	discard   = kind{name: "discard", node: harness.Options{Snapshotter: harness.Gantry, GantryExtra: "\n[content]\nretain = 'none'\n"}, missing: noRetain}
 	overlayfs = kind{name: "overlayfs", node: harness.Options{Snapshotter: harness.Overlayfs}}
 	erofs     = kind{name: "erofs", node: harness.Options{Snapshotter: harness.Erofs, ContainerdExtra: tunedErofs}, missing: noMkfs}
-	skopeo    = kind{name: "skopeo", pull: copyBlobs, missing: noSkopeo}
+	skopeo    = kind{name: "skopeo", command: copyBlobs, missing: noSkopeo}
 )
 
 // everybody are the kinds that large images are compared by.
@@ -94,22 +92,17 @@ func noSkopeo(context.Context) string {
 }
 
 // copyBlobs only fetches and stores the compressed blobs, with their digests checked. Nothing is unpacked or synced.
-func copyBlobs(ctx context.Context, b *bench, ref string) (time.Duration, error) {
-	ctx, cancel := context.WithTimeout(ctx, 3*time.Minute)
-	defer cancel()
-	begin := time.Now()
-	out, err := exec.CommandContext(ctx, "skopeo", "--insecure-policy", "copy", "--quiet", "--src-tls-verify=false",
-		"docker://"+ref, "dir:"+filepath.Join(b.disk.Path, "blobs")).CombinedOutput()
-	if err != nil {
-		return 0, errors.Join(fmt.Errorf("skopeo: %w: %s", err, out), context.Cause(ctx))
-	}
-	return time.Since(begin), nil
+func copyBlobs(b *bench, ref string) []string {
+	return []string{"skopeo", "--insecure-policy", "copy", "--quiet", "--src-tls-verify=false", "docker://" + ref, "dir:" + filepath.Join(b.disk.Path, "blobs")}
 }
 
-// present returns the kinds that can be measured here, and says why others cannot.
-func present(ctx context.Context, kinds []kind) []kind {
+// present returns the kinds that can be measured here and that were asked for, and says why others cannot.
+func (b *bench) present(ctx context.Context, kinds []kind) []kind {
 	var found []kind
 	for _, k := range kinds {
+		if len(b.kinds) > 0 && !slices.Contains(b.kinds, k.name) {
+			continue
+		}
 		why := ""
 		if k.missing != nil {
 			why = k.missing(ctx)

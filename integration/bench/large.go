@@ -68,5 +68,5 @@ func (b *bench) served(ctx context.Context, name string, spec harness.ImageSpec)
 		return nil, err
 	}
 	fmt.Printf("image: %d layers, %.2f GB compressed\n", len(im.Layers), float64(im.Size())/1e9)
-	return b.compare(ctx, contest{host: registry.Host(), ref: ref, kinds: everybody, gib: 8, warm: filepath.Join(dir, "data")})
+	return b.compare(ctx, contest{host: registry.Host(), ref: ref, registry: []int{registry.PID()}, kinds: everybody, gib: 8, warm: filepath.Join(dir, "data")})
 }

@@ -35,18 +35,24 @@ var scenarios = map[string]func(*bench, context.Context) error{
 func main() {
 	rounds := flag.Int("rounds", 5, "pulls of each kind")
 	only := flag.String("only", "pull,wide,large,small,memory", "what to measure, separated by commas")
+	own := flag.Bool("own-disk", false, "pull to the machine's own disk, not to a new file system for each pull")
+	kinds := flag.String("kinds", "", "who takes part in large and small, separated by commas; empty: everybody")
 	total := flag.Int64("gb", 10, "how many GB the memory scenario pulls in all")
 	flag.Parse()
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
-	if err := run(ctx, *rounds, *total, strings.Split(*only, ",")); err != nil {
+	b := bench{rounds: *rounds, total: *total * 1e9, ownDisk: *own}
+	if *kinds != "" {
+		b.kinds = strings.Split(*kinds, ",")
+	}
+	if err := run(ctx, b, strings.Split(*only, ",")); err != nil {
 		fmt.Fprintln(os.Stderr, "bench:", err)
 		stop()
 		os.Exit(1) //nolint:gocritic // nothing is deferred but stop
 	}
 }
 
-func run(ctx context.Context, rounds int, gb int64, names []string) error {
+func run(ctx context.Context, b bench, names []string) error {
 	if os.Geteuid() != 0 {
 		return errors.New("mounting needs root")
 	}
@@ -56,7 +62,7 @@ func run(ctx context.Context, rounds int, gb int64, names []string) error {
 		}
 	}
 	for _, name := range names {
-		if err := scenario(ctx, rounds, gb, name); err != nil {
+		if err := scenario(ctx, b, name); err != nil {
 			return fmt.Errorf("%s: %w", name, err)
 		}
 	}
@@ -64,24 +70,26 @@ func run(ctx context.Context, rounds int, gb int64, names []string) error {
 }
 
 // scenario runs one in a folder of its own, which it removes.
-func scenario(ctx context.Context, rounds int, gb int64, name string) (err error) {
+func scenario(ctx context.Context, b bench, name string) (err error) {
 	folder, err := harness.NewPrivateFolder()
 	if err != nil {
 		return err
 	}
-	b := &bench{rounds: rounds, total: gb * 1e9, dir: folder.Path}
+	b.dir = folder.Path
 	temporary := os.Getenv("TMPDIR")
 	defer func() {
 		err = errors.Join(err, os.Setenv("TMPDIR", temporary), folder.Close()) // freshDisk's is gone
 	}()
 	fmt.Printf("=== %s\n", name)
-	return scenarios[name](b, ctx)
+	return scenarios[name](&b, ctx)
 }
 
 // bench is one scenario's measurement.
 type bench struct {
-	rounds int
-	total  int64 // bytes, of the memory scenario
-	dir    string
-	disk   *harness.Disk // of the pull under way
+	rounds  int
+	ownDisk bool
+	kinds   []string // that take part; empty: all
+	total   int64    // bytes, of the memory scenario
+	dir     string
+	disk    *harness.Disk // of the pull under way
 }

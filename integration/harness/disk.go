@@ -54,6 +54,12 @@ func NewDisk(ctx context.Context, dir string, gib int) (_ *Disk, err error) {
 	return d, errors.Join(err, detached)
 }
 
+// NewFolder is a new folder dir on the machine's own file system in place of a disk.
+func NewFolder(dir string) (*Disk, error) {
+	d := &Disk{Path: filepath.Join(dir, "fs"), dir: dir}
+	return d, os.MkdirAll(d.Path, 0o700)
+}
+
 // Close ends what runs from the disk, unmounts it and removes the folder.
 func (d *Disk) Close() error { return Sweep(d.dir) }
 
