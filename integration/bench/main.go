@@ -6,6 +6,7 @@
 //	wide    an image of 0.9 GB from a registry that gives each connection 25 MB/s, all together 250 MB/s, after 20 ms
 //	large   an image of 1 GB, most of it compressed before, from an uncapped distribution registry
 //	small   an image of 86,000 small files, 0.7 GB, from the same
+//	tail    how long after its last byte a layer of 1 GB is mountable
 //	memory  10 GB in all at full speed, and how much memory gantryd took at most
 package main
 
@@ -29,12 +30,13 @@ var scenarios = map[string]func(*bench, context.Context) error{
 	"wide":   (*bench).wide,
 	"large":  (*bench).large,
 	"small":  (*bench).small,
+	"tail":   (*bench).tail,
 	"memory": (*bench).memory,
 }
 
 func main() {
 	rounds := flag.Int("rounds", 5, "pulls of each kind")
-	only := flag.String("only", "pull,wide,large,small,memory", "what to measure, separated by commas")
+	only := flag.String("only", "pull,wide,large,small,tail,memory", "what to measure, separated by commas")
 	own := flag.Bool("own-disk", false, "pull to the machine's own disk, not to a new file system for each pull")
 	kinds := flag.String("kinds", "", "who takes part in large and small, separated by commas; empty: everybody")
 	total := flag.Int64("gb", 10, "how many GB the memory scenario pulls in all")
