@@ -16,6 +16,7 @@ export GANTRY_CACHE := $(CACHE)
 
 PEER_NAMES := containerd ctr containerd-shim-runc-v2 runc registry
 PEER_BINS := $(addprefix $(PEERS)/,$(PEER_NAMES))
+EROFS_BINS := $(addprefix $(PEERS)/,mkfs.erofs fsck.erofs dump.erofs)
 LINTER := $(PEERS)/golangci-lint
 
 .PHONY: help
@@ -76,10 +77,17 @@ $(LINTER): integration/lint/go.mod
 	@cd integration/lint && CGO_ENABLED=0 go build -trimpath -ldflags '-s -w' -o $@ github.com/golangci/golangci-lint/v2/cmd/golangci-lint
 	@touch $@
 
+.PHONY: erofs-utils
+erofs-utils: $(EROFS_BINS) ## put mkfs.erofs and fsck.erofs 1.7 or later beside the peers (root)
+
+$(EROFS_BINS) &: integration/tools/erofs-utils.sh
+	@integration/tools/erofs-utils.sh $(CACHE)/tools $(PEERS)
+	@touch -h $(EROFS_BINS)
+
 # debootstrap makes the Debian test image, mkfs.xfs a file system that shares blocks. Installed when missing and we may;
 # the tests themselves fail without them.
 .PHONY: prerequisites
-prerequisites: ## install what the tests need from Debian (debootstrap, xfsprogs)
+prerequisites: erofs-utils ## install what the tests need from Debian (debootstrap, xfsprogs; erofs-utils into .cache)
 	@if ! { command -v debootstrap && command -v mkfs.xfs; } >/dev/null && [ "$$(id -u)" = 0 ]; then \
 		apt-get update -q && apt-get install -qy --no-install-recommends debootstrap xfsprogs; \
 	fi

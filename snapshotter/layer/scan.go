@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math"
 
 	"github.com/containerd/errdefs"
 
@@ -45,12 +46,12 @@ func Scan(ctx context.Context, r io.Reader) (*Table, error) {
 
 func scan(ctx context.Context, src source, prefix int) (*Table, error) {
 	s := &scanner{tape: &tape{src: src}, build: newBuilder(prefix)}
-	tr := tar.NewReader(s.tape)
+	s.headers.tape = s.tape
 	for {
 		if s.build.entries%256 == 0 && ctx.Err() != nil {
 			return nil, context.Cause(ctx)
 		}
-		hdr, err := tr.Next()
+		hdr, err := s.headers.next()
 		if errors.Is(err, io.EOF) {
 			break
 		}
@@ -69,10 +70,11 @@ func scan(ctx context.Context, src source, prefix int) (*Table, error) {
 }
 
 type scanner struct {
-	tape  *tape
-	build *builder
-	last  string // the current member
-	end   int64  // where its data ends
+	tape    *tape
+	headers headers
+	build   *builder
+	last    string // the current member
+	end     int64  // where its data ends
 }
 
 // readError says what was being read when the tar went wrong. An error of the
@@ -94,7 +96,10 @@ func (s *scanner) member(hdr *tar.Header) error {
 	if err != nil {
 		return err
 	}
-	s.last, s.end = hdr.Name, end
+	if end < 0 { // no tar is that long: it ends before
+		end = math.MaxInt64 &^ (blockSize - 1)
+	}
+	s.last, s.end, s.headers.end = hdr.Name, end, end
 	if err := s.build.apply(hdr, extents); err != nil {
 		return err
 	}
@@ -109,7 +114,8 @@ func (s *scanner) data(hdr *tar.Header) (extents []erofs.Extent, end int64, err 
 	case tar.TypeLink, tar.TypeSymlink, tar.TypeChar, tar.TypeBlock, tar.TypeDir, tar.TypeFifo, tar.TypeXGlobalHeader:
 		return nil, begin, nil // whatever their size field says
 	case tar.TypeGNUSparse:
-		return nil, begin + s.tape.rawSize(), nil
+		size, err := physicalSize(hdr, s.tape)
+		return nil, begin + size, err
 	}
 	version := sparseVersion(hdr)
 	if version == "" {
