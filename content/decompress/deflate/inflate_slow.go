@@ -70,6 +70,10 @@ func (s *symbol) distance(t *tables, word uint64) error {
 
 // symbols decodes symbols to out until the block is done, or input or output end.
 func (f *inflater) symbols(out []byte, n int) (newN int, done bool, err error) {
+	n, done, err = f.fastBytes(out, n)
+	if done || err != nil {
+		return n, done, err
+	}
 	for len(out)-n >= outMargin {
 		s, ok, err := f.next()
 		if !ok {
@@ -93,6 +97,10 @@ func (f *inflater) symbols(out []byte, n int) (newN int, done bool, err error) {
 
 // symbolsMarked is symbols for decodeMarked.
 func (f *inflater) symbolsMarked(out []uint16, n int) (newN int, done bool, err error) {
+	n, done, err = f.fastMarked(out, n)
+	if done || err != nil {
+		return n, done, err
+	}
 	for len(out)-n >= outMargin {
 		s, ok, err := f.next()
 		if !ok {
@@ -103,14 +111,7 @@ func (f *inflater) symbolsMarked(out []uint16, n int) (newN int, done bool, err 
 			out[n] = uint16(b)
 			n++
 		}
-		for range s.length {
-			if s.dist > n {
-				out[n] = marker | uint16(windowSize+n-s.dist)
-			} else {
-				out[n] = out[n-s.dist]
-			}
-			n++
-		}
+		n = markedCopy(out, n, s.dist, s.length)
 		if s.end {
 			return n, true, nil
 		}
