@@ -356,14 +356,16 @@ func (e *engine) resolve(c *chunk) {
 	marked := append([]piece(nil), c.pieces[:c.unresolved]...)
 	win := c.win
 	e.mu.Unlock()
+	table := newValues(win)
 	bytes := 0
 	for i := range marked {
 		p := &marked[i]
 		bytes += p.hi - p.lo
-		p.slab.resolve(p.lo, p.hi, &win.buf)
+		p.slab.resolve(p.lo, p.hi, table)
 		p.head = sumOf(p.slab.b[p.lo:p.hi])
 		p.marked = false
 	}
+	valueTables.Put(table)
 	e.mu.Lock()
 	copy(c.pieces, marked)
 	c.unresolved, c.resolving = 0, false

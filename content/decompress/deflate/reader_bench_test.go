@@ -13,6 +13,7 @@ import (
 	"runtime"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 
@@ -130,24 +131,37 @@ func BenchmarkReader(b *testing.B) {
 
 func benchReader(b *testing.B, in []byte, procs int) {
 	defer runtime.GOMAXPROCS(runtime.GOMAXPROCS(procs))
-	var ours, theirs time.Duration
+	var ours, theirs, oursCPU, theirsCPU time.Duration
 	var size int64
 	b.ResetTimer()
 	for b.Loop() {
-		begin := time.Now()
+		begin, cpu := time.Now(), cpuTime()
 		size = readKlauspost(b, in)
 		theirs += time.Since(begin)
-		begin = time.Now()
+		theirsCPU += cpuTime() - cpu
+		begin, cpu = time.Now(), cpuTime()
 		if n := readOurs(b, in); n != size {
 			b.Fatalf("%d bytes, want %d", n, size)
 		}
 		ours += time.Since(begin)
+		oursCPU += cpuTime() - cpu
 	}
 	rate := func(d time.Duration) float64 { return float64(size) * float64(b.N) / 1e6 / d.Seconds() }
 	b.ReportMetric(rate(ours), "MB/s")
 	b.ReportMetric(rate(theirs), "klauspost-MB/s")
 	b.ReportMetric(theirs.Seconds()/ours.Seconds(), "ratio")
+	b.ReportMetric(theirsCPU.Seconds()/oursCPU.Seconds(), "ratio-of-cpu")
 	b.ReportMetric(0, "ns/op")
+}
+
+// cpuTime is what the process has used. Its ratio is telling on a machine that
+// does other things too.
+func cpuTime() time.Duration {
+	var u syscall.Rusage
+	if err := syscall.Getrusage(syscall.RUSAGE_SELF, &u); err != nil {
+		return 0
+	}
+	return time.Duration(u.Utime.Nano() + u.Stime.Nano())
 }
 
 func readKlauspost(b *testing.B, in []byte) int64 {

@@ -2,6 +2,7 @@ package deflate
 
 import (
 	"encoding/binary"
+	"sync"
 	"unsafe"
 )
 
@@ -24,36 +25,55 @@ const (
 	lowPairs    = 0x0000_ffff_0000_ffff
 )
 
-// resolve turns the symbols lo to hi of s into bytes at the same indices. win
-// is the window before the chunk. A byte is never written behind the symbol
-// that is read next, because it takes half the room.
-func (s *slab) resolve(lo, hi int, win *[windowSize]byte) {
+// values is what each symbol stands for: bytes for themselves, markers for the
+// bytes of a window. A table look-up has no branch that could be mispredicted.
+type values [1 << 16]byte
+
+var valueTables = sync.Pool{New: func() any {
+	v := new(values)
+	for i := range 256 {
+		v[i] = byte(i)
+	}
+	return v
+}}
+
+// newValues returns a table from the pool.
+func newValues(win *window) *values {
+	v := valueTables.Get().(*values)
+	copy(v[marker:], win.buf[:])
+	return v
+}
+
+// resolve turns the symbols lo to hi of s into bytes at the same indices. A byte
+// is never written behind the symbol that is read next, because it takes half
+// the room.
+func (s *slab) resolve(lo, hi int, v *values) {
 	i := lo
 	for ; i+8 <= hi; i += 8 {
 		src := s.b[2*i : 2*i+16 : 2*i+16]
 		x, y := binary.LittleEndian.Uint64(src), binary.LittleEndian.Uint64(src[8:])
+		var z uint64
 		if (x|y)&fourMarkers == 0 {
-			binary.LittleEndian.PutUint64(s.b[i:i+8:i+8], uint64(pack(x))|uint64(pack(y))<<32)
-			continue
+			z = pack(x) | pack(y)<<32
+		} else {
+			z = v.four(x) | v.four(y)<<32
 		}
-		z := uint64(lookup(x, win)) | uint64(lookup(y, win))<<32
 		binary.LittleEndian.PutUint64(s.b[i:i+8:i+8], z)
 	}
 	for ; i < hi; i++ {
-		s.b[i] = plain(s.u[i], win)
+		s.b[i] = v[s.u[i]]
 	}
 }
 
 // pack takes the low bytes of four symbols that are no markers.
-func pack(x uint64) uint32 {
+func pack(x uint64) uint64 {
 	x = (x | x>>8) & lowPairs
-	return uint32(x | x>>16)
+	return (x | x>>16) & 0xffff_ffff
 }
 
-func lookup(x uint64, win *[windowSize]byte) uint32 {
-	a, b := plain(uint16(x), win), plain(uint16(x>>16), win)
-	c, d := plain(uint16(x>>32), win), plain(uint16(x>>48), win)
-	return uint32(a) | uint32(b)<<8 | uint32(c)<<16 | uint32(d)<<24
+// four looks up four symbols.
+func (v *values) four(x uint64) uint64 {
+	return uint64(v[uint16(x)]) | uint64(v[uint16(x>>16)])<<8 | uint64(v[uint16(x>>32)])<<16 | uint64(v[uint16(x>>48)])<<24
 }
 
 func plain(u uint16, win *[windowSize]byte) byte {
