@@ -3,7 +3,6 @@ package layer
 import (
 	"bytes"
 	"context"
-	"crypto/sha256"
 	"errors"
 	"fmt"
 	"io"
@@ -525,30 +524,4 @@ func TestXattrSetsAreShared(t *testing.T) {
 	if len(a.Xattrs) != 1 || len(b.Xattrs) != 2 {
 		t.Errorf("a has %v, b has %v: one changed the other", a.Xattrs, b.Xattrs)
 	}
-}
-
-func BenchmarkWrite(b *testing.B) {
-	noise := randomBytes(rand.New(rand.NewPCG(1, 1)), 64<<20)
-	var w rawTar
-	for i := range 4 {
-		w.add(file(fmt.Sprint("f", i), string(noise)))
-	}
-	tar := w.end()
-	c := newCache(b, Options{})
-	b.SetBytes(int64(len(tar)))
-	var t Timings
-	for i := range b.N {
-		tar[600] = byte(i)
-		l, err := c.Write(b.Context(), bytes.NewReader(tar), nil)
-		if err != nil {
-			b.Fatal(err)
-		}
-		t = l.Timings
-		_ = os.Remove(l.Path)
-	}
-	b.Logf("%+v", t)
-	b.ReportMetric(float64(t.Sync.Milliseconds()), "sync-ms")
-	start := time.Now()
-	sha256.Sum256(tar)
-	b.ReportMetric(float64(len(tar))/1e6/time.Since(start).Seconds(), "sha256-MB/s")
 }
