@@ -41,6 +41,7 @@ Asks gantryd, at the address in FILE, what it is doing:
              for transfer.keep_partial.
   UNPACKS    layers being decompressed and written, while their blob arrives
   LAYERS     layers that ended last, well or with an error, and the seconds they spent where. The parts overlap.
+             TAIL: from the arrival of the last byte until the layer could be mounted.
              A layer that was on disk already is not unpacked again and is missing here.
 
   --json     print the whole report as JSON; sizes are in bytes, rates in bytes a second
@@ -149,11 +150,11 @@ func printLayers(line func(...string), layers []status.Layer) {
 		line(append(cells, image)...)
 	}
 	line("")
-	row("NAMESPACE", "IMAGE", "LAYERS", "SIZE", "UNPACKED", "TOTAL", "QUEUED", "WAIT", "DOWNLOAD", "DECOMPRESS", "WRITE", "VERIFY", "COMMIT")
+	row("NAMESPACE", "IMAGE", "LAYERS", "SIZE", "UNPACKED", "TOTAL", "QUEUED", "WAIT", "DOWNLOAD", "DECOMPRESS", "WRITE", "VERIFY", "COMMIT", "TAIL")
 	for _, x := range layers {
 		s := x.Seconds
 		row(dash(x.Namespace), dash(x.Image)+suffix(x.Error), short(string(x.Digest)), amount(x.Size), amount(x.Written), seconds(s.Total), seconds(s.Queued),
-			seconds(s.Wait), seconds(s.Download), seconds(s.Decompress), seconds(s.Write), seconds(s.Verify), seconds(s.Commit))
+			seconds(s.Wait), seconds(s.Download), seconds(s.Decompress), seconds(s.Write), seconds(s.Verify), seconds(s.Commit), seconds(x.TailSeconds))
 	}
 }
 

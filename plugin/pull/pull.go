@@ -24,6 +24,7 @@ import (
 	"golang.org/x/sync/semaphore"
 
 	"github.com/gantryd/gantry/content"
+	"github.com/gantryd/gantry/content/decompress"
 	"github.com/gantryd/gantry/content/registry"
 	"github.com/gantryd/gantry/content/transfer"
 	"github.com/gantryd/gantry/snapshotter/layer"
@@ -54,6 +55,9 @@ type Options struct {
 	Isolated bool
 	// Workers bounds how many layers are unpacked at the same time.
 	Workers int
+	// Memory bounds what all decompressors together hold, in bytes; 0 means
+	// decompress.DefaultBudget.
+	Memory int64
 }
 
 // Puller starts and joins what a pull needs. It is safe for concurrent use.
@@ -64,6 +68,7 @@ type Puller struct {
 	containerd Containerd
 	isolated   bool
 	workers    *semaphore.Weighted
+	budget     *decompress.Budget
 	blobs      Blobs
 
 	catalog *catalog
@@ -89,9 +94,12 @@ func New(o Options) (*Puller, error) {
 	if o.Workers < 1 {
 		return nil, fmt.Errorf("pull: %d unpack workers: %w", o.Workers, errdefs.ErrInvalidArgument)
 	}
+	if o.Memory == 0 {
+		o.Memory = decompress.DefaultBudget
+	}
 	return &Puller{
 		transfers: o.Transfers, registry: o.Registry, layers: o.Layers, containerd: o.Containerd,
-		isolated: o.Isolated, workers: semaphore.NewWeighted(int64(o.Workers)),
+		isolated: o.Isolated, workers: semaphore.NewWeighted(int64(o.Workers)), budget: decompress.NewBudget(o.Memory),
 		catalog: newCatalog(),
 		images:  make(map[imageKey]*image),
 		unpacks: make(map[unpackKey]*unpack),
@@ -211,6 +219,11 @@ func (p *Puller) background(do func(ctx context.Context) error, d digest.Digest)
 // Prepared implements snapshotter.Observer.
 func (p *Puller) Prepared(namespace, _ string, labels map[string]string) {
 	p.hints.learn(namespace, labels)
+}
+
+// Adopted implements snapshotter.Observer.
+func (p *Puller) Adopted(snapshot string, diffID digest.Digest, took time.Duration) {
+	p.recent.adopted(snapshot, diffID, took)
 }
 
 // Fetch implements content.Fetcher: the blob is transferred if a manifest in the
