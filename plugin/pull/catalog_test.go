@@ -26,7 +26,7 @@ type memory struct {
 	open   int
 }
 
-func (m *memory) put(t *testing.T, v any) digest.Digest {
+func (m *memory) put(t testing.TB, v any) digest.Digest {
 	t.Helper()
 	b, ok := v.([]byte)
 	if !ok {
@@ -94,7 +94,7 @@ func (m *memory) Walk(ctx context.Context, fn ccontent.WalkFunc, _ ...string) er
 }
 
 // putImage stores a config and a manifest for the layers, and returns the manifest's digest.
-func putImage(t *testing.T, m *memory, layers []ocispec.Descriptor, diffIDs []digest.Digest) digest.Digest {
+func putImage(t testing.TB, m *memory, layers []ocispec.Descriptor, diffIDs []digest.Digest) digest.Digest {
 	t.Helper()
 	var config ocispec.Image
 	config.RootFS = ocispec.RootFS{Type: "layers", DiffIDs: diffIDs}

@@ -284,7 +284,7 @@ func TestWriteBackIsBounded(t *testing.T) {
 	if _, err := c.Write(t.Context(), in, nil); err != nil {
 		t.Fatal(err)
 	}
-	if most > 64<<20 || told < size-flushStep {
+	if most > 96<<20 || told < size-flushStep {
 		t.Errorf("up to %d bytes on their way at once, told of %d", most, told)
 	}
 }
@@ -325,7 +325,7 @@ func TestWriteWaitsForTheDisk(t *testing.T) {
 	if !errors.Is(err, why) {
 		t.Errorf("got %v, want %v", err, why)
 	}
-	if at == 0 || at > 128<<20 {
+	if at == 0 || at > 160<<20 {
 		t.Errorf("%d bytes were written while nothing came to the disk", at)
 	}
 	checkNoTemp(t, c)

@@ -16,16 +16,35 @@ const (
 	flushStep = 8 << 20
 	// flushAhead is how many steps may wait to be told, flushBehind how many may be on their way to the disk.
 	flushAhead  = 2
-	flushBehind = 4
+	flushBehind = 8
 )
 
 // flushFunc is sync_file_range(2).
 type flushFunc func(fd int, off, n int64, flags int) error
 
-// writeBack has the disk follow the writer at a short distance, on a goroutine of
-// its own: at most 64 MiB are dirty, so that the fsync at the end finds little to
-// do, however slow the disk is, and one layer cannot fill the memory and the
-// disk's queue at the expense of others.
+// writeBack has the disk follow the writer at a bounded distance, on a goroutine
+// of its own: at most 96 MiB are dirty, so that the fsync at the end finds little
+// to do, however slow or busy the disk is, and one layer cannot fill the memory
+// and the disk's queue at the expense of the others.
+//
+// Buffered writes, because the layer is read as soon as it is there: by the index
+// (headers, symlinks) and by the container that starts. Measured with 1 GiB of
+// noise hashed beside it, 2 cores, ext4 on a disk of 1.5 GB/s, wall and CPU in
+// seconds for the file to be durable, the tail of that after the last byte, and
+// reading the file afterwards; two rounds, the first into memory not used before:
+//
+//	                                        wall        CPU         tail          read
+//	fsync only                              1.36 1.10   0.91 0.88   0.59  0.49    0.08 0.06
+//	write-back begun, never waited for      1.89 0.65   2.19 0.86   0.10  0.03    0.17 0.08
+//	write-back at most 32 MiB behind        0.97 0.70   0.99 0.98   0.06  0.01    0.06 0.08
+//	the same, preallocated by 256 MiB       0.86 0.63   0.89 0.84   0.01  0.01    0.07 0.09
+//	direct, one writer                      1.13 0.73   0.89 0.86   0.02  0.01    2.44 1.98
+//	direct, preallocated, two writers       0.70 0.71   0.82 0.88   0.01  0.01    0.40 0.41
+//
+// Direct writes save a tenth of the CPU time and cost the first reader 0.3 to 2
+// seconds for each GiB. Preallocation saves about as much and is not worth it: what
+// is zero would have to be punched out of it again. More than one writer gains
+// nothing that is buffered: copying takes a fifth of the time of the hash.
 type writeBack struct {
 	fd     int
 	flush  flushFunc
