@@ -143,11 +143,12 @@ func (c *Cache) Write(ctx context.Context, r io.Reader, progress func(written in
 	if err := p.run(ctx, r); err != nil {
 		return nil, err
 	}
-	l := &Layer{DiffID: p.diffID, Size: p.size, Table: p.table}
+	l := &Layer{DiffID: p.diffID, Size: p.size, Table: p.table, Timings: p.timings}
+	named := time.Now()
 	if err := c.publish(f, l); err != nil {
 		return nil, fmt.Errorf("layer %s: %w", l.DiffID, err)
 	}
-	l.Timings = p.timings
+	l.Timings.Sync += time.Since(named)
 	l.Timings.Tail = time.Since(p.ended)
 	l.Timings.Total = time.Since(start)
 	c.tables.put(l.DiffID, l.Table)

@@ -29,7 +29,7 @@ type Timings struct {
 	Hash  time.Duration
 	Write time.Duration // into the page cache; waiting for the disk to keep up is in it
 	Scan  time.Duration
-	Sync  time.Duration // making the file durable once all was written
+	Sync  time.Duration // making file and name durable once all was written
 	Tail  time.Duration // from the stream's end until file and name were durable
 	Total time.Duration
 }
