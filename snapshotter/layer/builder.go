@@ -43,6 +43,8 @@ type builder struct {
 	// leads to then gets them.
 	times []dirTime
 
+	fresh *erofs.Inode // the regular file that the last member made, if it did
+
 	lastName, lastPath string // the parent of the member before, see remember
 	lastDir            *erofs.Inode
 
@@ -153,6 +155,7 @@ func (b *builder) create(dir, old *erofs.Inode, hdr *tar.Header, extents []erofs
 	case tar.TypeReg:
 		n := b.newInode(dir, unix.S_IFREG)
 		n.Size, n.Data = hdr.Size, extents
+		b.fresh = n
 		return n, b.hold(24 * len(extents))
 	case tar.TypeLink:
 		return b.linkTarget(hdr.Linkname)
@@ -219,6 +222,7 @@ func (b *builder) linkTarget(name string) (*erofs.Inode, error) {
 	if err != nil {
 		return nil, fmt.Errorf("hard link to %q: %w", name, err)
 	}
+	n.Shared = true
 	return n, nil
 }
 

@@ -52,6 +52,9 @@ func scan(ctx context.Context, src source, prefix int) (*Table, error) {
 			return nil, context.Cause(ctx)
 		}
 		hdr, err := s.headers.next()
+		if s.headers.zero && s.build.fresh != nil {
+			s.build.fresh.Padded = true
+		}
 		if errors.Is(err, io.EOF) {
 			break
 		}
@@ -100,6 +103,7 @@ func (s *scanner) member(hdr *tar.Header) error {
 		end = math.MaxInt64 &^ (blockSize - 1)
 	}
 	s.last, s.end, s.headers.end = hdr.Name, end, end
+	s.build.fresh = nil
 	if err := s.build.apply(hdr, extents); err != nil {
 		return err
 	}
