@@ -45,11 +45,14 @@ type builder struct {
 
 	fresh *erofs.Inode // the regular file that the last member made, if it did
 
-	lastName, lastPath string // the parent of the member before, see remember
-	lastDir            *erofs.Inode
+	// The parent of the member before, see remember: as the tar wrote it, clean,
+	// and resolved.
+	lastRaw, lastName, lastPath string
+	lastDir                     *erofs.Inode
 
-	inodes  []erofs.Inode  // room for the next ones
-	extents []erofs.Extent // likewise
+	inodes  []erofs.Inode    // room for the next ones
+	extents []erofs.Extent   // likewise
+	names   *strings.Builder // likewise
 }
 
 type dirTime struct {
@@ -73,8 +76,7 @@ func (b *builder) apply(hdr *tar.Header, extents []erofs.Extent) error {
 	if b.entries++; b.entries > MaxEntries {
 		return fmt.Errorf("more than %d members", MaxEntries)
 	}
-	name := filepath.Clean(hdr.Name)
-	given, base := filepath.Split(name)
+	given, base := b.split(hdr.Name)
 	parent, err := b.resolve(given)
 	if err != nil {
 		return err
@@ -86,14 +88,14 @@ func (b *builder) apply(hdr *tar.Header, extents []erofs.Extent) error {
 	if err != nil {
 		return err
 	}
-	b.remember(given, parent, dir)
+	b.remember(hdr.Name, given, parent, dir)
 	if strings.HasPrefix(base, whiteoutPrefix) {
 		return b.whiteout(dir, parent, base, hdr)
 	}
-	return b.replace(dir, join(parent, base), base, hdr, extents)
+	return b.replace(dir, parent, base, hdr, extents)
 }
 
-func (b *builder) replace(dir *erofs.Inode, path, base string, hdr *tar.Header, extents []erofs.Extent) error {
+func (b *builder) replace(dir *erofs.Inode, parent, base string, hdr *tar.Header, extents []erofs.Extent) error {
 	old := b.child(dir, base)
 	if old != nil && (!isDir(old) || hdr.Typeflag != tar.TypeDir) {
 		b.remove(dir, base)
@@ -102,7 +104,7 @@ func (b *builder) replace(dir *erofs.Inode, path, base string, hdr *tar.Header, 
 	if hdr.Typeflag == tar.TypeXGlobalHeader {
 		return nil // it has no file of its own, but it has just removed one
 	}
-	if err := b.checkNew(path, base); err != nil {
+	if err := b.checkNew(parent, base); err != nil {
 		return err
 	}
 	n, err := b.create(dir, old, hdr, extents)
@@ -126,20 +128,13 @@ func (b *builder) replace(dir *erofs.Inode, path, base string, hdr *tar.Header, 
 	return nil
 }
 
-// join appends one name to a clean path.
-func join(path, name string) string {
-	if path == "/" {
-		return path + name
-	}
-	return path + "/" + name
-}
-
-// checkNew refuses a name that the kernel would refuse to create.
-func (b *builder) checkNew(path, base string) error {
+// checkNew refuses a name that the kernel would refuse to create in the
+// directory at the clean path parent.
+func (b *builder) checkNew(parent, base string) error {
 	if len(base) > nameMax {
 		return unix.ENAMETOOLONG
 	}
-	return b.checkPath(path)
+	return b.checkLen(len(strings.TrimSuffix(parent, "/")) + 1 + len(base))
 }
 
 // create returns the inode for the member: a new one, the directory that is
@@ -200,7 +195,7 @@ func (b *builder) symlink(dir *erofs.Inode, target string) (*erofs.Inode, error)
 	}
 	n := b.newInode(dir, unix.S_IFLNK)
 	n.Mode |= 0o777
-	n.Target = strings.Clone(target)
+	n.Target = b.keep(target)
 	return n, b.hold(len(target))
 }
 
@@ -260,7 +255,7 @@ func (b *builder) whiteout(dir *erofs.Inode, parent, base string, hdr *tar.Heade
 	if base == "" || base == "." || base == ".." {
 		return errors.New("whiteout of no name")
 	}
-	if err := b.checkNew(join(parent, base), base); err != nil {
+	if err := b.checkNew(parent, base); err != nil {
 		return err
 	}
 	if b.child(dir, base) != nil {

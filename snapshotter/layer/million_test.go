@@ -238,7 +238,7 @@ func writeMillion(t *testing.T, table *Table, size int64) {
 }
 
 // cpu is the time that this process has spent on all cores.
-func cpu(t *testing.T) time.Duration {
+func cpu(t testing.TB) time.Duration {
 	var u unix.Rusage
 	if err := unix.Getrusage(unix.RUSAGE_SELF, &u); err != nil {
 		t.Fatal(err)
