@@ -20,6 +20,10 @@ const (
 	opaqueXattr    = "trusted.overlay.opaque"
 )
 
+// inodeBytes is the memory of an inode with its entry and its extent, without
+// names and attributes: 120, 24 and 24 bytes, and what slices have in reserve.
+const inodeBytes = 175
+
 // inherit says what a directory has from the parents of the layer.
 type inherit uint8
 
@@ -34,6 +38,8 @@ const (
 type builder struct {
 	tree
 	entries int
+	made    int // inodes
+	most    int // of members, and again of directories that they imply
 	held    int64
 	inherit map[*erofs.Inode]inherit
 	index   map[*erofs.Inode]map[string]int // of large directories: name to place in Children
@@ -63,6 +69,7 @@ type dirTime struct {
 
 func newBuilder(prefix int) *builder {
 	b := &builder{
+		most:    MaxEntries,
 		inherit: make(map[*erofs.Inode]inherit),
 		index:   make(map[*erofs.Inode]map[string]int),
 	}
@@ -73,8 +80,8 @@ func newBuilder(prefix int) *builder {
 
 // apply enters one member. Its errors are those for which Apply fails.
 func (b *builder) apply(hdr *tar.Header, extents []erofs.Extent) error {
-	if b.entries++; b.entries > MaxEntries {
-		return fmt.Errorf("more than %d members", MaxEntries)
+	if b.entries++; b.entries > b.most {
+		return fmt.Errorf("more than %d members", b.most)
 	}
 	given, base := b.split(hdr.Name)
 	parent, err := b.resolve(given)
@@ -284,7 +291,7 @@ func (b *builder) finish() (*Table, error) {
 		}
 	}
 	sortTree(b.root)
-	t := &Table{inherit: b.inherit, entries: b.entries}
+	t := &Table{inherit: b.inherit, entries: b.entries, bytes: inodeBytes*int64(b.made) + b.held}
 	t.tree = tree{root: b.root, find: findSorted, prefix: b.prefix}
 	return t, nil
 }

@@ -2,6 +2,7 @@ package layer
 
 import (
 	"cmp"
+	"fmt"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -72,6 +73,9 @@ func (b *builder) mkparent(path string) (*erofs.Inode, error) {
 			if len(name) > nameMax {
 				return nil, unix.ENAMETOOLONG
 			}
+			if b.made >= b.most {
+				return nil, fmt.Errorf("more than %d files and implied directories", b.most)
+			}
 			n = b.newInode(dir, unix.S_IFDIR|0o755)
 			b.xattrs.chmod(n, 0o755) // a default ACL of dir has changed it
 			b.inherit[n] = inheritAttrs | inheritMtime | inheritXattrs
@@ -134,6 +138,7 @@ func (b *builder) newInode(dir *erofs.Inode, mode uint32) *erofs.Inode {
 	if len(b.inodes) == 0 {
 		b.inodes = make([]erofs.Inode, b.room())
 	}
+	b.made++
 	n := &b.inodes[0]
 	b.inodes = b.inodes[1:]
 	n.Mode = mode

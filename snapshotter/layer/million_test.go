@@ -205,6 +205,9 @@ func child(t *testing.T) {
 	runtime.GC()
 	runtime.ReadMemStats(&m)
 	fmt.Printf("million: heap in use at the end %d MiB, allocated in all %d MiB\n", m.HeapAlloc>>20, m.TotalAlloc>>20)
+	if cost := uint64(table.cost()); cost > m.HeapAlloc*5/4 || cost < m.HeapAlloc*4/5 {
+		t.Errorf("the table counts for %d MiB, the heap has %d", cost>>20, m.HeapAlloc>>20)
+	}
 	runtime.KeepAlive(table)
 }
 

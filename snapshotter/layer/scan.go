@@ -17,8 +17,9 @@ import (
 // they are far above what images hold and keep a hostile tar, which shrinks a
 // thousandfold when compressed, from filling the memory.
 const (
-	// MaxEntries is how many members a tar may have. At 250 bytes for each in
-	// memory, and some for its index, that is 1.5 GB.
+	// MaxEntries is how many members a tar may have; with more inodes than that it
+	// may imply no further directory. At 200 bytes for each in memory, and some for
+	// its index, that is 1.3 GB.
 	MaxEntries = 4 << 20
 	// MaxHeld bounds the bytes of names, link targets, extended attributes and
 	// sparse maps that a Table keeps.
@@ -47,6 +48,10 @@ func Scan(ctx context.Context, r io.Reader) (*Table, error) {
 func scan(ctx context.Context, src source, prefix int) (*Table, error) {
 	s := &scanner{tape: &tape{src: src}, build: newBuilder(prefix)}
 	s.headers.tape = s.tape
+	return s.run(ctx)
+}
+
+func (s *scanner) run(ctx context.Context) (*Table, error) {
 	for {
 		if s.build.entries%256 == 0 && ctx.Err() != nil {
 			return nil, context.Cause(ctx)
