@@ -38,13 +38,13 @@ import (
 
 // Options of a Cache. Zero values are the defaults.
 type Options struct {
-	// TableEntries is how many tar members the tables kept in memory may have
-	// together (default 500,000, at about 250 bytes each). A single table above
-	// it is not kept.
-	TableEntries int
+	// TableBytes is how much memory the tables that are kept may take together
+	// (default 128 MiB, room for about 650,000 files). A single table above it is
+	// not kept.
+	TableBytes int64
 }
 
-const defaultTableEntries = 500_000
+const defaultTableBytes = 128 << 20
 
 // Layer is one layer file.
 type Layer struct {
@@ -78,15 +78,15 @@ type Cache struct {
 // earlier process left unfinished. The folder above root outlives a power loss if
 // the caller has seen to it.
 func Open(root string, o Options) (*Cache, error) {
-	if o.TableEntries == 0 {
-		o.TableEntries = defaultTableEntries
+	if o.TableBytes == 0 {
+		o.TableBytes = defaultTableBytes
 	}
-	if o.TableEntries < 0 {
-		return nil, fmt.Errorf("table entries %d: %w", o.TableEntries, errdefs.ErrInvalidArgument)
+	if o.TableBytes < 0 {
+		return nil, fmt.Errorf("%d bytes of tables: %w", o.TableBytes, errdefs.ErrInvalidArgument)
 	}
 	c := &Cache{
 		root:   root,
-		tables: newTableCache(o.TableEntries),
+		tables: newTableCache(o.TableBytes),
 		prefix: len(defaultPrefix),
 		pins:   make(map[digest.Digest]int),
 		flush:  unix.SyncFileRange,

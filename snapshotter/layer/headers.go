@@ -22,6 +22,7 @@ const metaLimit = 64 << 10
 type headers struct {
 	tape *tape
 	end  int64  // where the data of the member before ends
+	zero bool   // the padding behind it is there and all zeros
 	raw  []byte // all that was read of the current member's headers, part of buf
 	buf  []byte
 
@@ -73,7 +74,7 @@ func (h *headers) next() (*tar.Header, error) {
 // skip drops what is left of the member before and reads one block. Missing
 // data is an error, missing padding the end of the archive.
 func (h *headers) skip() error {
-	h.raw = h.buf[:0]
+	h.raw, h.zero = h.buf[:0], false
 	left := h.end - h.tape.pos
 	if left < 0 {
 		return fmt.Errorf("read %d bytes beyond the member's end: %w", -left, tar.ErrHeader)
@@ -95,6 +96,7 @@ func (h *headers) skip() error {
 	case n < want:
 		return io.EOF
 	}
+	h.zero = isZero(h.raw[last : last+pad])
 	h.raw = h.raw[want-blockSize:]
 	return nil
 }
@@ -161,7 +163,7 @@ func (h *headers) member(b []byte, typ byte, size int64) bool {
 	mtime, ok4 := parseOctal(b[136:148])
 	major, ok5 := parseOctal(b[329:337])
 	minor, ok6 := parseOctal(b[337:345])
-	if !(ok1 && ok2 && ok3 && ok4 && ok5 && ok6) {
+	if ok := ok1 && ok2 && ok3 && ok4 && ok5 && ok6; !ok {
 		return false
 	}
 	h.hdr = tar.Header{

@@ -17,8 +17,9 @@ import (
 // they are far above what images hold and keep a hostile tar, which shrinks a
 // thousandfold when compressed, from filling the memory.
 const (
-	// MaxEntries is how many members a tar may have. At 250 bytes for each in
-	// memory, and some for its index, that is 1.5 GB.
+	// MaxEntries is how many members a tar may have; with more inodes than that it
+	// may imply no further directory. At 200 bytes for each in memory, and some for
+	// its index, that is 1.3 GB.
 	MaxEntries = 4 << 20
 	// MaxHeld bounds the bytes of names, link targets, extended attributes and
 	// sparse maps that a Table keeps.
@@ -47,11 +48,18 @@ func Scan(ctx context.Context, r io.Reader) (*Table, error) {
 func scan(ctx context.Context, src source, prefix int) (*Table, error) {
 	s := &scanner{tape: &tape{src: src}, build: newBuilder(prefix)}
 	s.headers.tape = s.tape
+	return s.run(ctx)
+}
+
+func (s *scanner) run(ctx context.Context) (*Table, error) {
 	for {
 		if s.build.entries%256 == 0 && ctx.Err() != nil {
 			return nil, context.Cause(ctx)
 		}
 		hdr, err := s.headers.next()
+		if s.headers.zero && s.build.fresh != nil {
+			s.build.fresh.Padded = true
+		}
 		if errors.Is(err, io.EOF) {
 			break
 		}
@@ -100,6 +108,7 @@ func (s *scanner) member(hdr *tar.Header) error {
 		end = math.MaxInt64 &^ (blockSize - 1)
 	}
 	s.last, s.end, s.headers.end = hdr.Name, end, end
+	s.build.fresh = nil
 	if err := s.build.apply(hdr, extents); err != nil {
 		return err
 	}
