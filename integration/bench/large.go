@@ -9,9 +9,15 @@ import (
 	"github.com/gantryd/gantry/integration/harness"
 )
 
+// The images' names in the cache: they change when what they are made of does.
+const (
+	largeName = "large-v1"
+	smallName = "small-v1"
+)
+
 // large is what an image takes most of which nothing compresses: a model, an archive.
 func (b *bench) large(ctx context.Context) error {
-	m, err := b.served(ctx, "large-v1", largeSpec())
+	m, err := b.served(ctx, largeName, largeSpec())
 	if err != nil {
 		return err
 	}
@@ -23,7 +29,7 @@ func (b *bench) large(ctx context.Context) error {
 
 // small is what an image of many small files takes.
 func (b *bench) small(ctx context.Context) error {
-	m, err := b.served(ctx, "small-v1", smallSpec())
+	m, err := b.served(ctx, smallName, smallSpec())
 	if err != nil {
 		return err
 	}
