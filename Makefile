@@ -47,8 +47,15 @@ lint: $(LINTER) ## run golangci-lint
 	$(LINTER) run ./...
 
 .PHONY: bench
-bench: build peers ## pull times beside containerd's overlayfs as shipped, and memory (ROUNDS=5 ONLY=pull,wide,memory GB=10)
-	go run ./integration/bench -rounds $(or $(ROUNDS),5) -only $(or $(ONLY),pull,wide,memory) -gb $(or $(GB),10)
+bench: build peers bench-prerequisites ## pulls beside containerd's and skopeo's, deflate, stages, memory (ROUNDS=5 GB=10 KINDS=gantry,skopeo ONLY=pull,wide,large,small,tail,deflate,stages,memory; all of it takes half an hour)
+	go run ./integration/bench -rounds $(or $(ROUNDS),5) -gb $(or $(GB),10) $(if $(ONLY),-only $(ONLY)) $(if $(KINDS),-kinds $(KINDS))
+
+# Installed when missing and we may. The bench goes on without them, and says what it did not measure. mkfs.erofs is `make erofs-utils`'s.
+.PHONY: bench-prerequisites
+bench-prerequisites: ## install what the bench needs from Debian (skopeo, linux-perf)
+	@if ! { command -v skopeo && command -v perf; } >/dev/null && [ "$$(id -u)" = 0 ]; then \
+		{ apt-get update -q && apt-get install -qy --no-install-recommends skopeo linux-perf; } || echo "skopeo or linux-perf is missing" >&2; \
+	fi
 
 .PHONY: install
 install: build ## install both programs under PREFIX (default /usr/local)

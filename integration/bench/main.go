@@ -7,6 +7,8 @@
 //	large   an image of 1 GB, most of it compressed before, from an uncapped distribution registry
 //	small   an image of 86,000 small files, 0.7 GB, from the same
 //	tail    how long after its last byte a layer of 1 GB is mountable
+//	deflate inflating in gantry's own package beside klauspost/compress, on one and two cores
+//	stages  what each stage of a pull costs for a byte, and what that predicts for more cores
 //	memory  10 GB in all at full speed, and how much memory gantryd took at most
 package main
 
@@ -26,17 +28,19 @@ import (
 )
 
 var scenarios = map[string]func(*bench, context.Context) error{
-	"pull":   (*bench).pull,
-	"wide":   (*bench).wide,
-	"large":  (*bench).large,
-	"small":  (*bench).small,
-	"tail":   (*bench).tail,
-	"memory": (*bench).memory,
+	"pull":    (*bench).pull,
+	"wide":    (*bench).wide,
+	"large":   (*bench).large,
+	"small":   (*bench).small,
+	"tail":    (*bench).tail,
+	"deflate": (*bench).deflate,
+	"stages":  (*bench).stages,
+	"memory":  (*bench).memory,
 }
 
 func main() {
 	rounds := flag.Int("rounds", 5, "pulls of each kind")
-	only := flag.String("only", "pull,wide,large,small,tail,memory", "what to measure, separated by commas")
+	only := flag.String("only", "pull,wide,large,small,tail,deflate,stages,memory", "what to measure, separated by commas")
 	own := flag.Bool("own-disk", false, "pull to the machine's own disk, not to a new file system for each pull")
 	kinds := flag.String("kinds", "", "who takes part in large and small, separated by commas; empty: everybody")
 	total := flag.Int64("gb", 10, "how many GB the memory scenario pulls in all")

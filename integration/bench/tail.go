@@ -16,7 +16,7 @@ const tailBound = 0.3
 // tail is how long after the last byte of a layer of 1 GB that layer is mountable, and the pull over:
 // from a registry without a cap, and from one that sends as fast as the other network scenarios' does.
 func (b *bench) tail(ctx context.Context) error {
-	im, err := harness.BuildCached(ctx, "layer-v1", harness.ImageSpec{Layers: []harness.LayerSpec{{Tar: layerTar}}})
+	im, err := harness.BuildCached(ctx, "layer-v2", harness.ImageSpec{Layers: []harness.LayerSpec{{Tar: layerTar}}})
 	if err != nil {
 		return err
 	}
@@ -29,8 +29,8 @@ func (b *bench) tail(ctx context.Context) error {
 	return nil
 }
 
-// layerTar is 0.8 GB that nothing compresses, then 0.5 GB of source code: the end is what takes longest to unpack.
-var layerTar = harness.Concat(harness.Random("model", 31, 800e6, 4), harness.Sources("usr", 32, 470e6, 15_000))
+// layerTar is 0.8 GB that nothing compresses, then 0.8 GB of source code: the end is what takes longest to unpack.
+var layerTar = harness.Concat(harness.Random("model", 31, 800e6, 4), harness.Sources("usr", 32, 800e6, 25_000))
 
 func (b *bench) tailsAt(ctx context.Context, im *harness.Image, limit int64) (err error) {
 	registry, err := harness.StartFaultRegistry(ctx, harness.FaultOptions{Total: limit})

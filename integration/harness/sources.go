@@ -7,11 +7,13 @@ import (
 	"math"
 	"math/rand/v2"
 	"path"
+	"slices"
+	"strconv"
 	"strings"
 )
 
 // Sources writes a tree of source code as a package manager leaves it: many small files of about
-// log-normal sizes in nested directories, which gzip makes about two fifths of. Together size bytes
+// log-normal sizes in nested directories, which gzip makes about a quarter of. Together size bytes
 // within a few permille, the same for the same seed.
 func Sources(prefix string, seed uint64, size int64, files int) TarFunc {
 	return func(w io.Writer) error {
@@ -79,39 +81,55 @@ func cut(w io.Writer, src *rand.Rand, pool []byte, n int64) error {
 	return nil
 }
 
-// code makes n bytes of lines of names, numbers and signs. Names are as frequent as words are in
-// any language (Zipf), and now and then a line comes again with one name changed.
+// code makes n bytes of lines of names, numbers and signs. Names are as frequent as words are in any
+// language (Zipf), more so within a page; half of the lines are earlier ones with a name changed. gzip makes
+// a quarter of it, as it does of the sources of Go (24 %) and of Python's library (31 %).
 func code(src *rand.Rand, n int) []byte {
 	names := make([]string, 20_000)
 	for i := range names {
 		names[i] = name(src)
 	}
 	frequent := rand.NewZipf(src, 1.05, 8, uint64(len(names)-1))
-	signs := []string{" ", ".", "(", ") ", ", ", " = ", "[", "] ", ": ", " + ", "->", " == ", "::", " {"}
-	var recent [32][]string
-	out := make([]byte, 0, n+1024)
+	local := rand.NewZipf(src, 1.2, 4, pageNames-1)
+	var recent [256][]string
+	var page [pageNames]string
+	out := make([]byte, 0, n+4096)
 	for line := 0; len(out) < n; line++ {
-		words := recent[src.IntN(len(recent))]
-		if words == nil || src.IntN(8) > 0 {
-			words = make([]string, 1+src.IntN(8))
-			for i := range words {
-				words[i] = names[frequent.Uint64()]
+		if line%400 == 0 {
+			for i := range page {
+				page[i] = names[frequent.Uint64()]
 			}
+		}
+		words := slices.Clone(recent[src.IntN(len(recent))])
+		if len(words) == 0 || src.IntN(2) == 0 {
+			words = codeLine(src, func() string { return page[local.Uint64()] })
 		} else {
-			words[src.IntN(len(words))] = names[frequent.Uint64()]
+			words[2*src.IntN(len(words)/2)] = page[local.Uint64()]
 		}
 		recent[line%len(recent)] = words
-		out = append(out, strings.Repeat("    ", src.IntN(4))...)
 		for _, word := range words {
-			out = append(append(out, word...), signs[src.IntN(len(signs))]...)
-			if src.IntN(12) == 0 {
-				out = fmt.Appendf(out, "%d", src.IntN(100_000))
-			}
+			out = append(out, word...)
 		}
-		out = append(out, '\n')
 	}
 	return out[:n]
 }
+
+// pageNames is how many names one page of code knows.
+const pageNames = 120
+
+// codeLine makes a line: names and signs in turns.
+func codeLine(src *rand.Rand, next func() string) []string {
+	words := []string{next(), codeSigns[src.IntN(len(codeSigns))]}
+	for range src.IntN(7) {
+		words = append(words, next(), codeSigns[src.IntN(len(codeSigns))])
+	}
+	if src.IntN(6) == 0 {
+		words = append(words, strconv.Itoa(src.IntN(100_000)), ";")
+	}
+	return append(words, "", "\n"+strings.Repeat("    ", src.IntN(4)))
+}
+
+var codeSigns = []string{" ", ".", ".", "(", ") ", ", ", ", ", " = ", " = ", "[", "] ", ": ", " + ", "->", " == ", " {"}
 
 // name makes an identifier of one to three syllable groups.
 func name(src *rand.Rand) string {

@@ -72,7 +72,7 @@ type unended struct {
 }
 
 func (u *unended) Write(p []byte) (int, error) {
-	all := append(u.held, p...)
+	all := slices.Concat(u.held, p)
 	pass := max(len(all)-tarEnd, 0)
 	if _, err := u.w.Write(all[:pass]); err != nil {
 		return 0, err
