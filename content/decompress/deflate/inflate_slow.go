@@ -69,9 +69,9 @@ func (s *symbol) distance(t *tables, word uint64) error {
 }
 
 // packLarge packs the tables of a block that goes on behind its first freshInput bytes.
-func (f *inflater) packLarge() {
+func (f *inflater) packLarge(done bool) {
 	f.fresh = false
-	if f.t == &f.own && f.own.joins() {
+	if !done && f.t == &f.own && f.own.joins() {
 		f.own.pack()
 	}
 }
@@ -80,7 +80,7 @@ func (f *inflater) packLarge() {
 func (f *inflater) symbols(out []byte, n int) (newN int, done bool, err error) {
 	if f.fresh {
 		n, done, err = f.fastBytes(out, n, freshInput)
-		f.packLarge()
+		f.packLarge(done)
 	}
 	if !done && err == nil {
 		n, done, err = f.fastBytes(out, n, len(f.in))
@@ -113,7 +113,7 @@ func (f *inflater) symbols(out []byte, n int) (newN int, done bool, err error) {
 func (f *inflater) symbolsMarked(out []uint16, n int) (newN int, done bool, err error) {
 	if f.fresh {
 		n, done, err = f.fastMarked(out, n, freshInput)
-		f.packLarge()
+		f.packLarge(done)
 	}
 	if !done && err == nil {
 		n, done, err = f.fastMarked(out, n, len(f.in))
