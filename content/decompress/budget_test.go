@@ -11,6 +11,7 @@ import (
 	"testing"
 	"testing/synctest"
 
+	"github.com/klauspost/compress/gzip"
 	"github.com/klauspost/compress/zstd"
 	"github.com/pierrec/lz4/v4"
 )
@@ -41,7 +42,7 @@ func TestBudgetSharedByMany(t *testing.T) {
 	frames := bytes.Repeat(zst(t, data[:512<<10]), 6)
 	streams := [][]byte{
 		large, small, join(large, small, large), join(small, large), lz(t, data, lz4.BlockSizeOption(lz4.Block4Mb)),
-		lz(t, data, lz4.LegacyOption(true)), apple(data, 2<<20), frames, join(frames, large), data,
+		lz(t, data, lz4.LegacyOption(true)), apple(data, 2<<20), frames, join(frames, large), data, gz(t, data, gzip.Header{}),
 	}
 	for _, size := range []int64{1, 20 << 20, 140 << 20} {
 		t.Run(fmt.Sprint(size), func(t *testing.T) {
@@ -82,6 +83,7 @@ func TestScarceMemoryGivesTheSameBytes(t *testing.T) {
 	for name, in := range map[string][]byte{
 		"frames":      join(zst(t, data[:3<<20]), streamed(t, data[3<<20:3<<20+9]), streamed(t, data[3<<20+9:5<<20]), zst(t, data[5<<20:])),
 		"small first": join(zst(t, data[:100]), zst(t, data[100:5<<20]), streamed(t, data[5<<20:5<<20+50]), streamed(t, data[5<<20+50:])),
+		"gzip":        gz(t, data, gzip.Header{}),
 		"independent": lz(t, data, lz4.BlockSizeOption(lz4.Block4Mb)),
 		"linked":      linkedFrame(data),
 		"apple":       apple(data, 5<<20),
@@ -174,7 +176,7 @@ func hoard(ctx context.Context, in []byte, b *Budget) error {
 func TestBlocksOutliveTheReader(t *testing.T) {
 	t.Parallel()
 	data := sample(5 << 20)
-	for name, in := range map[string][]byte{"tar": data, "frames": join(zst(t, data[:1<<20]), zst(t, data[1<<20:])), "lz4": lz(t, data), "apple": apple(data, 64<<10)} {
+	for name, in := range map[string][]byte{"tar": data, "frames": join(zst(t, data[:1<<20]), zst(t, data[1<<20:])), "lz4": lz(t, data), "apple": apple(data, 64<<10), "gzip": gz(t, data, gzip.Header{})} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			b := NewBudget(DefaultBudget)

@@ -183,7 +183,6 @@ func TestFormats(t *testing.T) {
 		{"gzip, zero padding", join(gz(t, data, gzip.Header{}), make([]byte, 5000)), Gzip, data},
 		{"gzip, one zero", join(gz(t, data, gzip.Header{}), []byte{0}), Gzip, data},
 		{"gzip, garbage", join(gz(t, data, gzip.Header{}), sample(300<<10)), Gzip, data},
-		{"gzip, half a magic", join(gz(t, data, gzip.Header{}), []byte{0x1f}), Gzip, data},
 		{"gzip, a member behind zeros is garbage", join(gz(t, a, gzip.Header{}), []byte{0, 0}, gz(t, b, gzip.Header{})), Gzip, a},
 		{"zstd", zst(t, data), Zstd, data},
 		{"zstd frames", join(zst(t, a), zst(t, b)), Zstd, data},
@@ -344,6 +343,7 @@ func TestCorrupt(t *testing.T) {
 		{"gzip checksum", flip(g, -6)},
 		{"gzip length", flip(g, -1)},
 		{"gzip reserved flag", flip(join(g[:3], []byte{0x80 ^ 0x10}, g[4:]), 3)},
+		{"gzip, half a magic", join(g, []byte{0x1f})}, // so says gzip(1), 1.12
 		{"gzip second header", join(g, []byte{0x1f, 0x8b, 9, 0, 0, 0, 0, 0, 0, 0})},
 		{"zstd body", flip(z, len(z)/2)},
 		{"zstd checksum", flip(z, -1)},

@@ -36,8 +36,8 @@ func FuzzReader(f *testing.F) {
 			}
 			total += n
 			if errors.Is(err, io.EOF) {
-				if src.n != len(in) {
-					t.Fatalf("end after %d of %d bytes", src.n, len(in))
+				if n := src.n.Load(); n != int64(len(in)) {
+					t.Fatalf("end after %d of %d bytes", n, len(in))
 				}
 				return
 			}
