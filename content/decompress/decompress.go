@@ -1,10 +1,10 @@
 // Package decompress turns the bytes of a layer blob into its tar stream.
 //
 // The format is found by its magic bytes; a media type is never asked, because
-// it is only a claim. The source is read by whoever reads the stream, and never
-// while there is output to return. What the format allows to decode on its own
-// (zstd frames, independent LZ4 blocks) is decoded on workers meanwhile, which
-// only compute, so that closing a Reader does not depend on its source.
+// it is only a claim. A gzip source is read ahead by package deflate. In all other
+// formats it is read by whoever reads the stream, and never while there is output
+// to return; what can be decoded on its own (zstd frames, independent LZ4 blocks)
+// is decoded on workers meanwhile, which only compute.
 //
 // Memory is bounded by a [Budget] that any number of readers share.
 //
@@ -20,6 +20,7 @@ import (
 	"io"
 	"os"
 	"runtime"
+	"sync/atomic"
 
 	"github.com/containerd/errdefs"
 )
@@ -127,22 +128,25 @@ func NewReader(ctx context.Context, r io.Reader, opts ...Option) (*Reader, error
 		mem.close()
 		return nil, d.classify(err)
 	}
-	d.dec = newDecoder(d.format, br, mem, o.workers)
+	if d.dec, err = newDecoder(d.format, br, mem, o.workers); err != nil {
+		mem.close()
+		return nil, fmt.Errorf("prepare %s decoder: %w", d.format, err)
+	}
 	return d, nil
 }
 
-func newDecoder(format Format, br *bufio.Reader, mem *memory, workers int) decoder {
+func newDecoder(format Format, br *bufio.Reader, mem *memory, workers int) (decoder, error) {
 	switch format {
 	case Gzip:
-		return newAhead(&plainPlanner{r: newGzipReader(br), br: br, mem: mem}, workers)
+		return newGzipDecoder(br, mem, workers)
 	case Zstd:
-		return newAhead(newZstdPlanner(br, mem, workers), workers)
+		return newAhead(newZstdPlanner(br, mem, workers), workers), nil
 	case LZ4:
-		return newAhead(newLZ4Planner(br, mem), workers)
+		return newAhead(newLZ4Planner(br, mem), workers), nil
 	case AppleLZ4:
-		return newAhead(newApplePlanner(br, mem), workers)
+		return newAhead(newApplePlanner(br, mem), workers), nil
 	}
-	return newAhead(&plainPlanner{r: br, br: br, mem: mem}, workers)
+	return newAhead(&plainPlanner{br: br, mem: mem}, workers), nil
 }
 
 // Format says what the source holds.
@@ -222,7 +226,8 @@ func (d *Reader) WriteTo(w io.Writer) (total int64, err error) {
 }
 
 // Close ends the workers and frees the memory that no block holds; Read and Next
-// fail from then on. It can be called again.
+// fail from then on. It can be called again. A read of a gzip source may be under
+// way: Close waits for it, so who closes early ends the source's context before.
 func (d *Reader) Close() error {
 	if errors.Is(d.err, os.ErrClosed) {
 		return nil
@@ -242,8 +247,8 @@ func (d *Reader) Close() error {
 // io.ErrUnexpectedEOF between frames for the end), so the source's own record
 // goes first.
 func (d *Reader) classify(err error) error {
-	if d.src.err != nil {
-		return d.src.err
+	if err := d.src.failed(); err != nil {
+		return err
 	}
 	if d.mem.err != nil {
 		return d.mem.err
@@ -254,16 +259,17 @@ func (d *Reader) classify(err error) error {
 	case errors.Is(err, io.ErrNoProgress), errors.Is(err, ErrCorrupt):
 		return err
 	case errors.Is(err, io.ErrUnexpectedEOF):
-		return fmt.Errorf("%s stream ends after %d bytes, before its own end: %w: %w", d.format, d.src.n, ErrCorrupt, io.ErrUnexpectedEOF)
+		return fmt.Errorf("%s stream ends after %d bytes, before its own end: %w: %w", d.format, d.src.n.Load(), ErrCorrupt, io.ErrUnexpectedEOF)
 	}
-	return fmt.Errorf("%s stream, within its first %d bytes: %w: %w", d.format, d.src.n, ErrCorrupt, err)
+	return fmt.Errorf("%s stream, within its first %d bytes: %w: %w", d.format, d.src.n.Load(), ErrCorrupt, err)
 }
 
-// source counts what was read and keeps the error that ended it.
+// source counts what was read and keeps the error that ended it. One goroutine
+// reads, another asks.
 type source struct {
 	read func([]byte) (int, error)
-	n    int64
-	err  error // other than io.EOF
+	n    atomic.Int64
+	err  atomic.Pointer[error] // other than io.EOF
 }
 
 // newSource binds ctx in a closure, not in the struct: it is the ctx of one
@@ -278,14 +284,21 @@ func newSource(ctx context.Context, r io.Reader) *source {
 }
 
 func (s *source) Read(p []byte) (int, error) {
-	if s.err != nil {
-		return 0, s.err // a decoder that only looked ahead may not have kept it
+	if err := s.failed(); err != nil {
+		return 0, err // a decoder that only looked ahead may not have kept it
 	}
 	n, err := s.read(p)
-	s.n += int64(n)
+	s.n.Add(int64(n))
 	// Compared by identity as readers do: a wrapped io.EOF is no end of file.
 	if err != nil && err != io.EOF { //nolint:errorlint // see above
-		s.err = err
+		s.err.Store(&err)
 	}
 	return n, err
+}
+
+func (s *source) failed() error {
+	if err := s.err.Load(); err != nil {
+		return *err
+	}
+	return nil
 }

@@ -76,6 +76,7 @@ func (l *lz4Planner) open(must bool) error {
 		if !must {
 			return errBusy
 		}
+		l.linked.forget() // widen waits for all buffers
 		if err := l.mem.widen(need); err != nil {
 			return err
 		}

@@ -180,6 +180,34 @@ func (m *memory) window(bytes int64) (g grant, err error) {
 	return g, m.fail(err)
 }
 
+// more adds to what the reader holds until it is closed, if that needs no waiting.
+func (m *memory) more(bytes int64) bool {
+	g, ok := m.budget.common.try(bytes)
+	if !ok {
+		g, ok = m.budget.lane.try(bytes)
+	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.wide = g
+	return ok
+}
+
+// lend and restore are for a decoder that keeps its own buffers.
+func (m *memory) lend(bytes int64) bool {
+	_, ok := m.budget.common.try(bytes)
+	return ok
+}
+
+func (m *memory) restore(bytes int64) { grant{&m.budget.common, bytes}.release() }
+
+// count takes note of output in such buffers, handed out or, if negative, given back.
+func (m *memory) count(n int) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.used += int64(n)
+	m.settle()
+}
+
 // widen makes the reserve large enough for blocks of unusual size. The caller
 // holds no buffers; it waits for those that others hold.
 func (m *memory) widen(bytes int64) error {

@@ -6,10 +6,9 @@ import (
 	"io"
 )
 
-// plainPlanner cuts a stream that is decoded as it is read into blocks.
+// plainPlanner cuts a stream that is not compressed into blocks.
 type plainPlanner struct {
-	r   io.Reader
-	br  *bufio.Reader // below r, or r itself
+	br  *bufio.Reader
 	mem *memory
 	err error
 }
@@ -27,7 +26,7 @@ func (p *plainPlanner) plan(bool) (*job, error) {
 	n := 0
 	for empty := 0; n < len(out.b) && p.err == nil; {
 		var got int
-		got, p.err = p.r.Read(out.b[n:])
+		got, p.err = p.br.Read(out.b[n:])
 		if n += got; pause(p.br, n) {
 			break
 		}

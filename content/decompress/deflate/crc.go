@@ -13,6 +13,12 @@ type sum struct {
 
 func sumOf(p []byte) sum { return sum{crc32.ChecksumIEEE(p), int64(len(p))} }
 
+// add appends bytes.
+func (s *sum) add(p []byte) {
+	s.crc = crc32.Update(s.crc, crc32.IEEETable, p)
+	s.n += int64(len(p))
+}
+
 // then is the sum of the bytes of s followed by those of next. The CRC is the
 // remainder of a polynomial, so s only has to be multiplied by x to the power
 // of the bits that follow it: about a microsecond, whatever the lengths.

@@ -36,24 +36,31 @@ const findStep = 4 << 10
 // find returns the first place in in, the bytes of a segment, that looks like
 // the start of a block or of a member. It need not be one.
 func find(in []byte, wanted func() bool) (m mark, ok bool) {
+	stored := -1 // the next one, if it is behind seen
+	seen := 0    // up to where stored blocks were searched
 	for lo := 0; lo < len(in) && wanted(); lo += findStep {
 		hi := min(lo+findStep, len(in))
-		best := int64(-1)
-		if bit := findDynamic(in, int64(lo)*8, int64(hi)*8); bit >= 0 {
-			best, hi = bit, int(bit>>3)+1
+		if stored < lo && seen < hi {
+			seen = min(lo+storedAhead, len(in))
+			stored = findStored(in, lo, seen)
 		}
-		if p := findStored(in, lo, hi); p >= 0 && (best < 0 || int64(p)*8-3 < best) {
-			best = int64(p)*8 - 3
-		}
-		if p := findMember(in, lo, hi); p >= 0 && (best < 0 || int64(p)*8 <= best) {
+		if p := findMember(in, lo, hi); p >= 0 {
 			return mark{int64(p) * 8, true}, true
 		}
-		if best >= 0 {
-			return mark{bit: best}, true
+		if stored >= lo {
+			return mark{bit: int64(stored)*8 - 3}, true
+		}
+		if bit := findDynamic(in, int64(lo)*8, int64(hi)*8); bit >= 0 {
+			return mark{bit: bit}, true
 		}
 	}
 	return m, false
 }
+
+// storedAhead is how far stored blocks are looked for before the slower search
+// for dynamic blocks: in data that does not compress, one is not farther away. If
+// there was another block before it, the chunk before simply decodes that too.
+const storedAhead = 64<<10 + 16
 
 // dynamicBits is how many bits skips looks at: final, type, HLIT and HDIST.
 const dynamicBits = 13
@@ -131,16 +138,35 @@ func completePre(in []byte, bit int64, n uint) bool {
 // a stored block may stand, -1 if none. Length, complement and three zero bits
 // before them are met by chance once in half a MiB, so another block must follow.
 func findStored(in []byte, lo, hi int) int {
-	for p := max(lo, 1); p < min(hi, len(in)-4); p++ {
-		v := binary.LittleEndian.Uint32(in[p:])
-		if (v^v>>16)&0xffff != 0xffff || in[p-1]&0xe0 != 0 {
-			continue
+	hi = min(hi, len(in)-4)
+	for p := max(lo, 1); p < hi; p++ {
+		// Eight places at once: in few of them is a byte the complement of the second after it.
+		for p+10 <= len(in) && p < hi {
+			same := ^(binary.LittleEndian.Uint64(in[p:]) ^ binary.LittleEndian.Uint64(in[p+2:]))
+			if zero := (same - lowBits) &^ same & highBits; zero&(zero>>8) != 0 {
+				break
+			}
+			p += 7 // the last one needs a look at the byte behind it
 		}
-		if blockFollows(in, int64(p+4+int(v&0xffff))*8) {
-			return p
+		for end := min(p+8, hi); p < end; p++ {
+			if isStored(in, p) {
+				return p
+			}
 		}
+		p--
 	}
 	return -1
+}
+
+const (
+	lowBits  = 0x0101_0101_0101_0101
+	highBits = 0x8080_8080_8080_8080
+)
+
+// isStored says whether the length of a stored block may stand at p.
+func isStored(in []byte, p int) bool {
+	v := binary.LittleEndian.Uint32(in[p:])
+	return (v^v>>16)&0xffff == 0xffff && in[p-1]&0xe0 == 0 && blockFollows(in, int64(p+4+int(v&0xffff))*8)
 }
 
 // blockFollows says whether a block header may stand at bit. Of places behind in

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"unsafe"
 )
 
 var (
@@ -65,7 +66,7 @@ type inflater struct {
 	clean int  // where decodeMarked's output has no marker any more
 
 	t     *tables // of the block at hand: &own or fixedTables
-	begun int64   // where its symbols begin
+	fresh bool    // no symbol of it is decoded yet
 	own   tables
 	lens  [320]uint8
 }
@@ -148,12 +149,16 @@ func (f *inflater) decodeMarked(out []uint16, n int, stop int64) (newN, clean in
 
 // lastMarker is the index of the last marker in values, -1 if there is none.
 func lastMarker(values []uint16) int {
-	for i := len(values) - 1; i >= 0; i-- {
-		if values[i] >= marker {
-			return i
+	i := len(values)
+	for ; i >= 16; i -= 16 {
+		v := (*[4]uint64)(unsafe.Pointer(&values[i-16]))
+		if (v[0]|v[1]|v[2]|v[3])&0x8000800080008000 != 0 {
+			break
 		}
 	}
-	return -1
+	for i--; i >= 0 && values[i] < marker; i-- {
+	}
+	return i
 }
 
 // starved is why symbols or stored bytes stopped although their block goes on, with free values left in the output.
@@ -216,7 +221,7 @@ func (f *inflater) enter(stop int64) (st status, more bool, err error) {
 	if err != nil {
 		return needInput, false, err
 	}
-	f.final, f.state, f.at, f.begun = final == 1, next, r.at, r.at
+	f.final, f.state, f.at, f.fresh = final == 1, next, r.at, true
 	return 0, true, nil
 }
 

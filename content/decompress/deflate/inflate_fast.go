@@ -2,15 +2,21 @@ package deflate
 
 import "unsafe"
 
-const inMargin = 32
+const (
+	inMargin   = 32
+	freshInput = 1024
+)
 
 var (
 	nearMul  = [16]uint64{1, 0x0101010101010101, 0x0001000100010001, 1 | 1<<24 | 1<<48, 1 | 1<<32, 1 | 1<<40, 1 | 1<<48, 1 | 1<<56, 1, 1, 1, 1, 1, 1, 1, 1}
 	nearStep = [16]uint8{8, 8, 8, 6, 8, 5, 6, 7, 8, 8, 8, 8, 8, 8, 8, 8}
 )
 
-func (f *inflater) fastBytes(out []byte, n int) (newN int, done bool, err error) {
+func (f *inflater) fastBytes(out []byte, n, most int) (newN int, done bool, err error) {
 	inEnd := int64(len(f.in) - inMargin)
+	if most < len(f.in) {
+		inEnd = min(inEnd, f.at>>3+int64(most))
+	}
 	outEnd := len(out) - outMargin
 	pos := f.at >> 3
 	if pos > inEnd || n > outEnd {

@@ -2,8 +2,11 @@ package deflate
 
 import "unsafe"
 
-func (f *inflater) fastMarked(out []uint16, n int) (newN int, done bool, err error) {
+func (f *inflater) fastMarked(out []uint16, n, most int) (newN int, done bool, err error) {
 	inEnd := int64(len(f.in) - inMargin)
+	if most < len(f.in) {
+		inEnd = min(inEnd, f.at>>3+int64(most))
+	}
 	outEnd := len(out) - outMargin
 	pos := f.at >> 3
 	if pos > inEnd || n > outEnd {
@@ -126,17 +129,4 @@ func (f *inflater) fastMarked(out []uint16, n int) (newN int, done bool, err err
 	}
 	f.at = pos*8 - int64(nb&63)
 	return n, done, err
-}
-
-// markedCopy copies a match that begins in the unknown window.
-func markedCopy(out []uint16, n, dist, length int) int {
-	for range length {
-		if dist > n {
-			out[n] = marker | uint16(windowSize+n-dist)
-		} else {
-			out[n] = out[n-dist]
-		}
-		n++
-	}
-	return n
 }

@@ -23,8 +23,8 @@ func (f *inflater) next() (s symbol, ok bool, err error) {
 	}
 	s.count = int(e & litCount >> 8)
 	s.lits = [2]byte{byte(e >> 16), byte(e >> 24)}
-	if s.count > 0 && s.bits > have {
-		// The entry reaches behind the input; its first literal may not.
+	if s.count > 0 && (s.bits > have || e&litMatch != 0) {
+		// What stands behind the first literal may not be there yet.
 		s.bits, s.count = int64(t.lens[s.lits[0]]), 1
 		return s, s.bits <= have, nil
 	}
@@ -68,9 +68,23 @@ func (s *symbol) distance(t *tables, word uint64) error {
 	return nil
 }
 
+// packLarge packs the tables of a block that goes on behind its first freshInput bytes.
+func (f *inflater) packLarge(done bool) {
+	f.fresh = false
+	if !done && f.t == &f.own && f.own.joins() {
+		f.own.pack()
+	}
+}
+
 // symbols decodes symbols to out until the block is done, or input or output end.
 func (f *inflater) symbols(out []byte, n int) (newN int, done bool, err error) {
-	n, done, err = f.fastBytes(out, n)
+	if f.fresh {
+		n, done, err = f.fastBytes(out, n, freshInput)
+		f.packLarge(done)
+	}
+	if !done && err == nil {
+		n, done, err = f.fastBytes(out, n, len(f.in))
+	}
 	if done || err != nil {
 		return n, done, err
 	}
@@ -97,7 +111,13 @@ func (f *inflater) symbols(out []byte, n int) (newN int, done bool, err error) {
 
 // symbolsMarked is symbols for decodeMarked.
 func (f *inflater) symbolsMarked(out []uint16, n int) (newN int, done bool, err error) {
-	n, done, err = f.fastMarked(out, n)
+	if f.fresh {
+		n, done, err = f.fastMarked(out, n, freshInput)
+		f.packLarge(done)
+	}
+	if !done && err == nil {
+		n, done, err = f.fastMarked(out, n, len(f.in))
+	}
 	if done || err != nil {
 		return n, done, err
 	}
@@ -117,4 +137,17 @@ func (f *inflater) symbolsMarked(out []uint16, n int) (newN int, done bool, err 
 		}
 	}
 	return n, false, nil
+}
+
+// markedCopy copies a match that begins in the unknown window.
+func markedCopy(out []uint16, n, dist, length int) int {
+	for range length {
+		if dist > n {
+			out[n] = marker | uint16(windowSize+n-dist)
+		} else {
+			out[n] = out[n-dist]
+		}
+		n++
+	}
+	return n
 }

@@ -2,8 +2,22 @@ package deflate
 
 import "sync"
 
-// slabs of the usual size outlive their Reader.
-var slabs = sync.Pool{New: func() any { return newSlab(slabSize) }}
+// Slabs of the usual sizes outlive their Reader.
+var (
+	slabs       = sync.Pool{New: func() any { return newSlab(slabSize) }}
+	serialSlabs = sync.Pool{New: func() any { return newSlab(serialSlab) }}
+)
+
+// poolOf is where slabs of that size are kept, nil for those of tests.
+func poolOf(size int) *sync.Pool {
+	switch size {
+	case slabSize:
+		return &slabs
+	case serialSlab:
+		return &serialSlabs
+	}
+	return nil
+}
 
 // takeSlab returns memory for output, nil if the chunk must wait for its turn,
 // or for pieces to be released.
@@ -20,20 +34,19 @@ func (c *chunk) takeSlab() *slab {
 		e.free = e.free[:n-1]
 		return s
 	}
-	if e.cfg.slab != slabSize {
-		return newSlab(e.cfg.slab)
+	if p := poolOf(e.cfg.slab); p != nil {
+		return p.Get().(*slab)
 	}
-	return slabs.Get().(*slab)
+	return newSlab(e.cfg.slab)
 }
 
 // putSlab takes a slab of c back. e.mu is held.
 func (e *engine) putSlab(c *chunk, s *slab) {
 	c.held--
-	switch {
-	case !e.stopped.Load() && !e.final:
+	if !e.stopped.Load() && !e.final {
 		e.free = append(e.free, s)
-	case e.cfg.slab == slabSize:
-		slabs.Put(s)
+	} else if p := poolOf(e.cfg.slab); p != nil {
+		p.Put(s)
 	}
 }
 
@@ -84,9 +97,9 @@ func (e *engine) settleMemory(c *chunk) {
 
 // releaseFree gives idle memory to later Readers. e.mu is held.
 func (e *engine) releaseFree() {
-	if e.cfg.slab == slabSize {
+	if p := poolOf(e.cfg.slab); p != nil {
 		for _, s := range e.free {
-			slabs.Put(s)
+			p.Put(s)
 		}
 	}
 	e.free, e.inputs = nil, nil

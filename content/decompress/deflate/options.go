@@ -18,9 +18,15 @@ const (
 	chunkOutput  = 3 << 20   // bytes that a chunk should expand to
 	slabSize     = 1 << 20   // bytes
 	slabsPerJob  = 8         // a chunk that expands beyond waits for its turn
-	slabsSerial  = 3
 	chunksPerCPU = 2
 	chunkExtra   = 256 << 10 // windows, tables and the joint, rounded up
+)
+
+// Sizes with one worker: all of it stays in a core's cache.
+const (
+	serialChunk = 128 << 10 // compressed bytes
+	serialSlab  = 256 << 10 // bytes
+	serialCount = 3
 )
 
 // Memory is the most that a Reader with that many workers holds, in bytes. Each
@@ -29,7 +35,7 @@ const (
 // third of this. One worker decodes in the caller's goroutine, with less.
 func Memory(workers int) int64 {
 	if workers <= 1 {
-		return 2*chunkSize + slabsSerial*slabSize + chunkExtra
+		return 3*serialChunk + serialCount*serialSlab + chunkExtra
 	}
 	return int64(workers)*workerMemory + chunkSize
 }
@@ -59,9 +65,16 @@ func newConfig(opts []Option) config {
 	}
 	c.workers = max(c.workers, 1)
 	if c.workers == 1 {
-		c.slabs = slabsSerial
+		c.asSerial()
 	}
 	return c
+}
+
+// asSerial sets what is right for one worker, where a test does not say otherwise.
+func (c *config) asSerial() {
+	if c.slab == slabSize {
+		c.first, c.chunk, c.least, c.slab, c.slabs = serialChunk, serialChunk, serialChunk, serialSlab, serialCount
+	}
 }
 
 // Option changes how a Reader works, never what it returns.

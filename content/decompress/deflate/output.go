@@ -9,7 +9,8 @@ type output struct {
 	n      int // end of the output in slab
 	from   int // where the output of this piece begins; before it lies the window
 	base   int // where the window begins: never before the member's first byte
-	mark   int // where what is not summed up begins
+	summed int // up to where part reaches
+	part   sum // of the member at hand, in this piece
 	clean  int // from where on there is no marker
 	cur    piece
 
@@ -55,7 +56,7 @@ func (o *output) room() bool {
 		o.base = windowSize - o.carry.n
 		copy(s.b[o.base:], o.carry.bytes())
 	}
-	o.from, o.mark = o.n, o.n
+	o.from, o.summed, o.part = o.n, o.n, sum{}
 	return true
 }
 
@@ -66,6 +67,7 @@ func (o *output) decode(f *inflater, stop int64) (st status, err error) {
 		var n int
 		n, st, err = f.decode(o.slab.b[o.base:lim], o.n-o.base, stop)
 		o.n = n + o.base
+		o.sum() // while the bytes are in the cache
 		return st, err
 	}
 	was, clean := o.n, 0
@@ -102,7 +104,11 @@ func (o *output) flush() {
 		o.syms = append(o.syms[:0], o.slab.u[max(0, o.n-windowSize):o.n]...)
 	} else {
 		o.carry.set(o.slab.b[o.base:o.n])
-		o.sum(&p)
+		if p.ends {
+			p.tail = o.part
+		} else {
+			p.head = o.part
+		}
 	}
 	o.slab = nil
 	if p.hi > p.lo || p.ends {
@@ -112,14 +118,10 @@ func (o *output) flush() {
 	}
 }
 
-// sum adds what is not summed up yet to a piece.
-func (o *output) sum(p *piece) {
-	s := sumOf(o.slab.b[o.mark:o.n])
-	if p.ends {
-		p.tail = s
-	} else {
-		p.head = s
-	}
+// sum adds what is not summed up yet.
+func (o *output) sum() {
+	o.part.add(o.slab.b[o.summed:o.n])
+	o.summed = o.n
 }
 
 // endMember takes a member's trailer. Of a member that begins before the piece
@@ -131,8 +133,8 @@ func (o *output) endMember(t trailer) error {
 	}
 	var s sum
 	if o.slab != nil {
-		s = sumOf(o.slab.b[o.mark:o.n])
-		o.mark, o.base = o.n, o.n
+		s, o.part = o.part, sum{}
+		o.base = o.n
 	}
 	o.carry.n = 0
 	if o.cur.ends {

@@ -59,8 +59,7 @@ type tables struct {
 	lit  [litSize]uint32
 	dist [distSize]uint32
 	// lens are the code lengths behind lit: pack and the checked decoder need those of literals.
-	lens   [288]uint8
-	packed bool // pack was called
+	lens [288]uint8
 }
 
 var lengthBase = [29]uint16{3, 4, 5, 6, 7, 8, 9, 10, 11, 13, 15, 17, 19, 23, 27, 31, 35, 43, 51, 59, 67, 83, 99, 115, 131, 163, 195, 227, 258}
@@ -193,7 +192,6 @@ func (t *tables) buildLit(lens []uint8) error {
 	if err := c.init(lens); err != nil {
 		return err
 	}
-	t.packed = false
 	copy(t.lens[:], lens)
 	if !c.complete() {
 		for i := range t.lit[:1<<litBits] {
@@ -232,25 +230,39 @@ func spread(table []uint32, i, length uint, entry uint32) {
 	}
 }
 
+// joins says whether pack would find enough to join: it looks at some of the entries.
+func (t *tables) joins() bool {
+	found := 0
+	for i := uint32(0); i < 64; i++ {
+		at := i * 1181 & (1<<litBits - 1)
+		if _, ok := t.join(at); ok {
+			found++
+		}
+	}
+	return found >= 64/10
+}
+
+// join is entry i with the literal or length behind it, if both fit the first level.
+func (t *tables) join(i uint32) (e uint32, ok bool) {
+	e = t.lit[i&(1<<litBits-1)]
+	next := t.lit[i>>(e&63)&(1<<litBits-1)]
+	if e&(litMatch|litSpecial) != 0 || next&litSpecial != 0 || e&255+next&255 > litBits {
+		return e, false
+	}
+	if next&litMatch != 0 {
+		return (e + next&255) | litMatch | next&0xff000000, true
+	}
+	return (e+next&255)&^litCount | litTwo | (next>>16&255)<<24, true
+}
+
 // pack joins each literal with the literal or length behind it where both fit the first level. It pays once a block has
 // thousands of symbols, so it is not part of building.
 func (t *tables) pack() {
-	t.packed = true
 	// Downwards: i >> length is below i (or i itself, 0), hence not joined yet.
-	for i := uint32(1<<litBits - 1); i < 1<<litBits; i-- {
-		e := t.lit[i]
-		if e&(litMatch|litSpecial) != 0 {
-			continue
+	for i := 1<<litBits - 1; i >= 0; i-- {
+		if e, ok := t.join(uint32(i)); ok {
+			t.lit[i] = e
 		}
-		next := t.lit[(i>>(e&63))&(1<<litBits-1)]
-		if next&litSpecial != 0 || e&255+next&255 > litBits {
-			continue
-		}
-		if next&litMatch != 0 {
-			t.lit[i] = (e + next&255) | litMatch | next&0xff000000
-			continue
-		}
-		t.lit[i] = (e+next&255)&^litCount | litTwo | (next>>16&255)<<24
 	}
 }
 
