@@ -127,7 +127,7 @@ func TestRandomMountsEqualContainerd(t *testing.T) {
 // TestSmallFilesMounted looks at every one of 8,400 entries through the kernel.
 func TestSmallFilesMounted(t *testing.T) {
 	t.Parallel()
-	tar, err := io.ReadAll(&smallFiles{limit: 8400})
+	tar, err := io.ReadAll(&sourceTree{limit: 8400})
 	if err != nil {
 		t.Fatal(err)
 	}

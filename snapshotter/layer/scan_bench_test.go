@@ -20,7 +20,7 @@ func BenchmarkScan(b *testing.B) {
 		stream  func() io.Reader
 	}{
 		{"1M", million, func() io.Reader { return &manyEntries{} }},
-		{"80k", 84_000, func() io.Reader { return &smallFiles{limit: 84_000} }},
+		{"80k", 84_000, func() io.Reader { return &sourceTree{limit: 84_000} }},
 	} {
 		b.Run(bc.name, func(b *testing.B) {
 			begin := cpu(b).Seconds()
@@ -87,14 +87,14 @@ func headersOnly(b *testing.B, r io.Reader) {
 	}
 }
 
-// smallFiles is the tar of files of up to 16 KiB, 20 in a directory.
-type smallFiles struct {
+// sourceTree is the tar of files of up to 16 KiB, 20 in a directory.
+type sourceTree struct {
 	manyEntries
 	limit int // members
 }
 
 // Read implements io.Reader.
-func (m *smallFiles) Read(p []byte) (int, error) {
+func (m *sourceTree) Read(p []byte) (int, error) {
 	if len(m.pend) == 0 {
 		if m.next > m.limit {
 			return 0, io.EOF
