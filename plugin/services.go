@@ -131,7 +131,7 @@ func newPull(
 ) (*pull.Puller, error) {
 	return pull.New(pull.Options{
 		Transfers: transfers, Registry: sources, Layers: layers, Containerd: client,
-		Isolated: c.Isolated(), Workers: c.UnpackWorkers(),
+		Isolated: c.Isolated(), Discard: c.Content.Retain == config.RetainNone, Workers: c.UnpackWorkers(),
 	})
 }
 
@@ -142,7 +142,7 @@ func initContent(ic *cplugin.InitContext) (any, error) {
 	}
 	c := configOf(ic)
 	store, err := content.NewStore(c.Content.Root, content.Options{
-		Fetcher: puller, Observer: puller,
+		Fetcher: puller, Observer: puller, Refetcher: puller,
 		Isolated: c.Isolated(), GiveUp: c.Transfer.GiveUp,
 	})
 	if err != nil {

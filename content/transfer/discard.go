@@ -83,6 +83,16 @@ func (j *job) discards() bool {
 	return !j.discard.durable
 }
 
+// spent says whether something was given up, so that nobody can read all of the blob.
+func (j *job) spent() bool {
+	if j.discard == nil {
+		return false
+	}
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	return j.discard.gone > 0 || j.discard.final
+}
+
 // hashedUpTo notes how far the blob's digest has come.
 func (j *job) hashedUpTo(off int64) {
 	if d := j.discard; d != nil {

@@ -111,7 +111,8 @@ func (p *discardFolders) sweep() error {
 
 // JoinDiscarding is Join for whoever does not want to keep the bytes: as the readers tell with Handle.Discard how far they
 // are, the bytes behind them are given up. A transfer that runs already stays what it is, and a blob of which something
-// lies on disk is kept: so is what another process fetches.
+// lies on disk is kept: so is what another process fetches. Join gets no transfer of which something was given up, but a
+// new one; JoinDiscarding does, to wait for it together with others.
 func (m *Manager) JoinDiscarding(ctx context.Context, image string, b Blob, sources ...Source) (*Handle, error) {
 	return m.join(ctx, image, b, true, sources)
 }

@@ -175,7 +175,7 @@ func (m *Manager) join(ctx context.Context, image string, b Blob, discard bool, 
 		return nil, fmt.Errorf("blob %s: %w", b.Digest, errClosed)
 	}
 	j := m.jobs[b]
-	if j == nil || !j.addSources(sources) {
+	if j == nil || !discard && j.spent() || !j.addSources(sources) {
 		j = m.start(context.WithoutCancel(ctx), image, b, discard, sources)
 	}
 	return m.handle(j), nil

@@ -41,7 +41,7 @@ const (
 // errClosed ends what is under way when the Puller is closed.
 var errClosed = fmt.Errorf("gantryd is shutting down: %w", errdefs.ErrUnavailable)
 
-// Options are what a Puller works with. All but Isolated and Workers are needed.
+// Options are what a Puller works with. All but Isolated, Discard and Workers are needed.
 type Options struct {
 	// Transfers returns the transfers that a namespace may use. With a shared
 	// content policy it is the same manager for all.
@@ -52,6 +52,8 @@ type Options struct {
 	// Isolated is containerd's content sharing policy "isolated": a blob or a
 	// layer file serves only the namespaces that have proved to have the blob.
 	Isolated bool
+	// Discard says that the compressed bytes of layers are not kept once they are unpacked.
+	Discard bool
 	// Workers bounds how many layers are unpacked at the same time.
 	Workers int
 }
@@ -63,6 +65,7 @@ type Puller struct {
 	layers     *layer.Cache
 	containerd Containerd
 	isolated   bool
+	discard    bool
 	workers    *semaphore.Weighted
 	blobs      Blobs
 
@@ -91,7 +94,7 @@ func New(o Options) (*Puller, error) {
 	}
 	return &Puller{
 		transfers: o.Transfers, registry: o.Registry, layers: o.Layers, containerd: o.Containerd,
-		isolated: o.Isolated, workers: semaphore.NewWeighted(int64(o.Workers)),
+		isolated: o.Isolated, discard: o.Discard, workers: semaphore.NewWeighted(int64(o.Workers)),
 		catalog: newCatalog(),
 		images:  make(map[imageKey]*image),
 		unpacks: make(map[unpackKey]*unpack),
@@ -231,6 +234,7 @@ func (p *Puller) Fetch(ctx context.Context, req content.FetchRequest) (content.T
 			errs = append(errs, err)
 			continue
 		}
+		p.configured(ctx, m)
 		return p.enter(ctx, imageKey{req.Namespace, m.digest}, m, origins, req)
 	}
 	return nil, errors.Join(errs...)
