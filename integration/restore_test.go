@@ -129,6 +129,9 @@ func TestRestore(t *testing.T) {
 			t.Errorf("containerd reads layer %d as %s, %v", i, got, err)
 		}
 	}
+	if err := n.StartGantryd(t.Context()); err != nil { // for Close, which stops it
+		t.Fatal(err)
+	}
 }
 
 // What cannot be fetched again says so, and what comes back otherwise is refused.
