@@ -114,6 +114,7 @@ func (w *waiter) settle(ctx context.Context) error {
 	for _, o := range w.origins {
 		w.record.Origins = append(w.record.Origins, content.Origin{Host: o.host, Repository: o.repository})
 	}
+	w.puller.remembered.add(w.puller.unpackKey(w.image.key.namespace, w.Digest(), w.Size()), w.record)
 	return nil
 }
 

@@ -69,9 +69,10 @@ type Puller struct {
 	workers    *semaphore.Weighted
 	blobs      Blobs
 
-	catalog *catalog
-	hints   hints
-	recent  recent
+	catalog    *catalog
+	hints      hints
+	recent     recent
+	remembered remembered
 
 	wg sync.WaitGroup // what outlives the request that began it
 
@@ -233,6 +234,9 @@ func (p *Puller) Fetch(ctx context.Context, req content.FetchRequest) (content.T
 		if err != nil {
 			errs = append(errs, err)
 			continue
+		}
+		if t, ok := p.again(req); ok {
+			return t, nil
 		}
 		p.configured(ctx, m)
 		return p.enter(ctx, imageKey{req.Namespace, m.digest}, m, origins, req)
