@@ -190,7 +190,7 @@ func (s *Store) loadRecord(d digest.Digest, f os.DirEntry) error {
 	r, err := s.readRecord(d)
 	if err != nil {
 		log.L.WithError(err).WithField("digest", d).Warn("a discarded blob is lost, remove its images and pull them again")
-		return nil
+		return nil //nolint:nilerr // the others are there
 	}
 	fi, err := f.Info()
 	if err != nil {

@@ -2,6 +2,7 @@ package integration
 
 import (
 	"crypto/sha256"
+	"errors"
 	"fmt"
 	"net/http"
 	"os"
@@ -80,7 +81,7 @@ func TestRestore(t *testing.T) {
 		return nil
 	})
 	out, err := n.GantryCLI(t.Context(), "content", "restore")
-	if exit, ok := err.(*exec.ExitError); err == nil || ok && exit.ExitCode() != 1 {
+	if exit, ok := errors.AsType[*exec.ExitError](err); !ok || exit.ExitCode() != 1 {
 		t.Fatalf("restore without a source: %v", err)
 	}
 	if !strings.Contains(out, "failed "+gone.String()) || !strings.Contains(out, f.Host()) || strings.Count(out, "restored sha256:") != 2 {
