@@ -106,6 +106,9 @@ func printReport(w io.Writer, r *status.Report, now time.Time) error {
 	line := func(cells ...string) { _, _ = fmt.Fprintln(t, strings.Join(cells, "\t")) }
 	line(fmt.Sprintf("gantryd %s, pid %d, up %s, root %s", r.Version, r.PID, now.Sub(r.Started).Round(time.Second), r.Root))
 	line("mount mode " + r.Mount.Mode + reason(r.Mount.Reason))
+	if r.Discarded.Blobs > 0 {
+		line(fmt.Sprintf("%d layers are kept without their compressed bytes, %s; gantry content restore fetches them again", r.Discarded.Blobs, amount(r.Discarded.Size)))
+	}
 	if len(r.Transfers)+len(r.Unpacks) == 0 {
 		line("nothing is under way")
 	}

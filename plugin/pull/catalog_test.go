@@ -24,6 +24,14 @@ type memory struct {
 	blobs  map[digest.Digest][]byte
 	opened int // readers, and those of them not closed
 	open   int
+	// discarded are there, and not to be opened.
+	discarded map[digest.Digest]bool
+}
+
+func (m *memory) Discarded(d digest.Digest) bool {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.discarded[d]
 }
 
 func (m *memory) put(t testing.TB, v any) digest.Digest {

@@ -59,6 +59,9 @@ func (f *follower) read(ctx context.Context, p []byte) (int, error) {
 		if n > 0 {
 			f.off += int64(n)
 			f.u.read.Store(f.off)
+			if d, ok := source.(discarder); ok {
+				d.Discard(f.off)
+			}
 			return n, nil
 		}
 		if errors.Is(err, io.EOF) {

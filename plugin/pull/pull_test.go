@@ -103,12 +103,12 @@ func newFixture(t testing.TB, isolated bool) *fixture {
 	if err != nil {
 		t.Fatal(err)
 	}
-	f.store, err = content.NewStore(dir+"/content", content.Options{Fetcher: f.Puller, Observer: f.Puller, Isolated: isolated})
+	f.store, err = content.NewStore(dir+"/content", content.Options{Fetcher: f.Puller, Observer: f.Puller, Refetcher: f.Puller, Isolated: isolated})
 	if err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() {
-		if err := f.Close(); err != nil {
+		if err := errors.Join(f.store.Close(), f.Close()); err != nil {
 			t.Error(err)
 		}
 		for _, m := range managers {

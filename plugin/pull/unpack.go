@@ -59,8 +59,13 @@ func (ingestSource) Lasts() bool { return true }
 
 type localSource struct{ ccontent.ReaderAt }
 
-func (s localSource) ReadAt(_ context.Context, p []byte, off int64) (int, error) {
-	n, err := s.ReaderAt.ReadAt(p, off)
+func (s localSource) ReadAt(ctx context.Context, p []byte, off int64) (int, error) {
+	n, err := 0, error(nil)
+	if r, ok := s.ReaderAt.(content.ContextReaderAt); ok { // it comes over the network again
+		n, err = r.ReadAtContext(ctx, p, off)
+	} else {
+		n, err = s.ReaderAt.ReadAt(p, off)
+	}
 	if n > 0 {
 		return n, nil
 	}

@@ -20,6 +20,8 @@ type Report struct {
 	Started time.Time `json:"started"`
 	Root    string    `json:"root"`
 	Mount   Mount     `json:"mount"`
+	// Discarded are blobs that the store answers for without having their bytes.
+	Discarded Discarded `json:"discarded"`
 	// Transfers are the blobs known to the transfer manager, under way or just finished.
 	Transfers []Transfer `json:"transfers"`
 	// Unpacks are the layers being unpacked.
@@ -32,6 +34,12 @@ type Report struct {
 type Mount struct {
 	Mode   string `json:"mode"`   // file, loop or directory
 	Reason string `json:"reason"` // why not the one before it
+}
+
+// Discarded counts blobs and their bytes.
+type Discarded struct {
+	Blobs int   `json:"blobs"`
+	Size  int64 `json:"size"` // bytes that are not there
 }
 
 // Transfer is a blob on its way from a registry, or what is left of it on disk: then Started is when it was written last.
