@@ -93,6 +93,21 @@ func (j *job) spent() bool {
 	return j.discard.gone > 0 || j.discard.final
 }
 
+// notFarAhead is from where on running ahead counts: where somebody discards, it is from the reader that is last, because
+// what lies unread for long is written to disk after all. Called with mu held.
+func (j *job) notFarAhead(wanted int64) int64 {
+	d := j.discard
+	if d == nil || d.off || d.final {
+		return wanted
+	}
+	for _, mark := range d.readers {
+		if mark > 0 { // else it does not discard, and would wait for what it holds up
+			wanted = min(wanted, mark)
+		}
+	}
+	return wanted
+}
+
 // hashedUpTo notes how far the blob's digest has come.
 func (j *job) hashedUpTo(off int64) {
 	if d := j.discard; d != nil {
@@ -146,6 +161,7 @@ func (j *job) dismiss(h *Handle) {
 	if d := j.discard; d != nil {
 		delete(d.readers, h)
 		d.wake()
+		j.wake()
 	}
 }
 
@@ -162,8 +178,13 @@ func (h *Handle) Discard(upTo int64) {
 	if h.closed || h.generation != j.generation || d.off || upTo <= d.readers[h] {
 		return
 	}
+	more := upTo/DiscardChunk > d.readers[h]/DiscardChunk || upTo == j.blob.Size
 	d.readers[h] = upTo
-	d.wake()
+	if more {
+		d.wake()
+		j.touch() // the next request may have waited for this
+		j.wake()
+	}
 }
 
 // Discarding reports whether the bytes are not kept: then, after Wait, either Discarded or Keep settles what becomes of

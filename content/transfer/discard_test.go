@@ -151,7 +151,7 @@ func TestDiscardWaitsForAllReaders(t *testing.T) {
 	}
 	other.Discard(2<<20 + 5)
 	eventually(t, "two chunks are given up", func() bool { return one.gone() == 2<<20 })
-	if _, err := join(t, m, b).ReadAt(t.Context(), make([]byte, 10), 2<<20-1); !errors.Is(err, ErrDiscarded) {
+	if _, err := joinDiscarding(t, m, b).ReadAt(t.Context(), make([]byte, 10), 2<<20-1); !errors.Is(err, ErrDiscarded) {
 		t.Fatalf("read of what is gone: %v", err)
 	}
 	_ = other.Close()
@@ -227,7 +227,13 @@ func TestDiscardedTransferFails(t *testing.T) {
 	data, b := randomBlob(64, 6<<20)
 	root := t.TempDir()
 	m := newManager(t, root, Options{ChunkSize: 1 << 20, ConnectionsPerHost: 1})
-	h := joinDiscarding(t, m, b, &fakeSource{host: "a", data: data, reply: stopAfter(4 << 20)})
+	hold := make(chan struct{})
+	h := joinDiscarding(t, m, b, &fakeSource{host: "a", data: data, reply: func(ctx context.Context, n int, off, length int64) (fakeReply, error) {
+		if _, err := holdFrom(4<<20, hold)(ctx, n, off, length); err != nil {
+			return fakeReply{}, err
+		}
+		return stopAfter(4<<20)(ctx, n, off, length)
+	}})
 	unpack := join(t, m, b)
 	for off := int64(0); off < 3<<20; {
 		n, err := unpack.ReadAt(t.Context(), make([]byte, 1<<20), off)
@@ -238,6 +244,7 @@ func TestDiscardedTransferFails(t *testing.T) {
 		unpack.Discard(off)
 	}
 	eventually(t, "something is gone", func() bool { return h.gone() >= 1<<20 })
+	close(hold)
 	if err := h.Wait(t.Context()); !errdefs.IsPermissionDenied(err) {
 		t.Fatal(err)
 	}
@@ -385,4 +392,31 @@ func TestNobodyFollowsDiscarding(t *testing.T) {
 	}
 	close(hold)
 	wait(t, h)
+}
+
+// What nobody has read yet is not far behind what is fetched: it would be written to disk after all.
+func TestDiscardingDoesNotRunAhead(t *testing.T) {
+	t.Parallel()
+	data, b := randomBlob(69, 24<<20)
+	m := newManager(t, t.TempDir(), Options{ChunkSize: 256 << 10, ConnectionsPerHost: 2})
+	hold := make(chan struct{})
+	h := joinDiscarding(t, m, b, &fakeSource{host: "a", data: data, reply: holdFrom(1<<20, hold)})
+	if _, err := h.ReadAt(t.Context(), make([]byte, 10), 0); err != nil {
+		t.Fatal(err)
+	}
+	h.Discard(1)
+	close(hold)
+	h.job.mu.Lock()
+	most := h.job.runAhead() + 1<<20
+	h.job.mu.Unlock()
+	eventually(t, "it runs ahead", func() bool { return h.Frontier() >= most/2 })
+	if err := sleep(t.Context(), backoffMax/10); err != nil {
+		t.Fatal(err)
+	}
+	if n := h.Frontier(); n > most {
+		t.Errorf("%d bytes are fetched that nobody has read, want at most %d", n, most)
+	}
+	if got := unpackAll(t, h); !bytes.Equal(got, data) {
+		t.Error("other bytes were read")
+	}
 }

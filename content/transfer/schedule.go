@@ -63,7 +63,7 @@ func (j *job) runAhead() int64 {
 
 // horizon is where no chunk may start yet. What is on disk and being checked does not hold up what is fetched meanwhile.
 // Called with mu held.
-func (j *job) horizon() int64 { return j.ledger.wanted() + j.runAhead() }
+func (j *job) horizon() int64 { return j.notFarAhead(j.ledger.wanted()) + j.runAhead() }
 
 // dispatch makes one connection after the other until nothing is missing. Each gets its own goroutine.
 func (j *job) dispatch(ctx context.Context, g *errgroup.Group) error {
