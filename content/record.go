@@ -180,8 +180,8 @@ func (s *Store) loadRecords() error {
 }
 
 func (s *Store) loadRecord(d digest.Digest, f os.DirEntry) error {
-	if d.Validate() != nil {
-		log.L.WithField("name", f.Name()).Warn("not a record, ignored in the content store's folder of discarded blobs")
+	if err := d.Validate(); err != nil {
+		log.L.WithError(err).WithField("name", f.Name()).Warn("not a record, ignored in the content store's folder of discarded blobs")
 		return nil
 	}
 	if s.blobs[d] != nil {
