@@ -9,7 +9,7 @@ import (
 	"testing"
 )
 
-const fuzzOutput = 1 << 20
+const fuzzOutput = 1 << 18
 
 // seeds are whole streams, each block type among them, and broken ones.
 func seeds() [][]byte {

@@ -204,21 +204,33 @@ func TestSteps(t *testing.T) {
 	}
 }
 
-// steps decodes raw with in more bytes of input and out more of output at a time; bytes that were used are dropped.
+// steps decodes raw with in more bytes of input and out more of output at a time; bytes that were used are dropped. What
+// lies behind the slices it lends must neither be read (it changes) nor written.
 func steps(raw []byte, in, out int) ([]byte, error) {
+	const canary = 64
 	f := new(inflater)
 	f.reset(nil, 0)
-	var buf []byte
-	base, end, n := 0, 0, 0
+	room := make([]byte, 4096)
+	base, end, n, limit := 0, 0, 0, 0
 	for {
+		behind := room[limit : limit+canary]
+		for i := range behind {
+			behind[i] = 0xa5
+		}
 		var st status
 		var err error
-		n, st, err = f.decode(buf, n, -1)
+		n, st, err = f.decode(room[:limit:limit], n, -1)
+		if bytes.Count(behind, []byte{0xa5}) != canary || n > limit {
+			return nil, fmt.Errorf("wrote behind %d values of output", limit)
+		}
 		if err != nil || st == ended {
-			return buf[:n], err
+			return room[:n], err
 		}
 		if st == outFull {
-			buf = append(buf[:n:n], make([]byte, outMargin-1+out)...)
+			limit = n + outMargin - 1 + out
+			for limit+canary > len(room) {
+				room = append(room, make([]byte, len(room))...)
+			}
 			continue
 		}
 		drop := int(f.bit() / 8)
