@@ -186,7 +186,7 @@ func (e *engine) decode(c *chunk) {
 }
 
 // settle takes note of what became of a chunk that ran. e.mu is held.
-func (e *engine) settle(c *chunk, v verdict) {
+func (e *engine) settle(c *chunk, v outcome) {
 	c.stage = paused
 	switch {
 	case c.dead:

@@ -28,7 +28,7 @@ func ExampleNewReader() {
 	}
 	defer r.Close() //nolint:errcheck // nothing to lose
 	if _, err := io.Copy(os.Stdout, r); err != nil {
-		log.Fatal(err)
+		fmt.Println(err)
 	}
 	// Output: range by range
 }
@@ -58,7 +58,8 @@ func ExampleReader_Next() {
 			break
 		}
 		if err != nil {
-			log.Fatal(err)
+			fmt.Println(err)
+			return
 		}
 		fmt.Printf("%s\n", block)
 		release() // may be called later, and by another goroutine

@@ -308,7 +308,7 @@ func TestNoAllocationPerMember(t *testing.T) { //nolint:paralleltest // counts t
 // TestSameWithAnyProcs is the default: as many workers as GOMAXPROCS.
 func TestSameWithAnyProcs(t *testing.T) { //nolint:paralleltest // sets GOMAXPROCS
 	defer runtime.GOMAXPROCS(runtime.GOMAXPROCS(0))
-	data := append(goTar(t, 12<<20), noise(3<<20, false)...)
+	data := append(goTarball(t, 12<<20), noise(3<<20, false)...)
 	in := join(gzipTool(t, data, 6), tiny(t, data[:1<<20], 3000))
 	data = append(data, data[:1<<20]...)
 	for _, procs := range []int{1, 2, 4, 8} {
