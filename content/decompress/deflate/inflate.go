@@ -151,7 +151,7 @@ func (f *inflater) decodeMarked(out []uint16, n int, stop int64) (newN, clean in
 func lastMarker(values []uint16) int {
 	i := len(values)
 	for ; i >= 16; i -= 16 {
-		v := (*[4]uint64)(unsafe.Pointer(&values[i-16]))
+		v := (*[4]uint64)(unsafe.Pointer(unsafe.SliceData(values[i-16 : i]))) // 16 values
 		if (v[0]|v[1]|v[2]|v[3])&0x8000800080008000 != 0 {
 			break
 		}

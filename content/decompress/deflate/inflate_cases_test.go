@@ -5,6 +5,7 @@ import (
 	"compress/flate"
 	"errors"
 	"io"
+	"slices"
 	"strings"
 	"testing"
 )
@@ -165,7 +166,7 @@ func TestCases(t *testing.T) {
 				for i := range c.w.bit {
 					in.put(uint(c.w.b[i/8]>>(i%8)), 1)
 				}
-				raw := append(in.b, make([]byte, behind)...)
+				raw := slices.Concat(in.b, make([]byte, behind))
 				checkCase(t, c.name, raw, offset, int64(in.bit), c.want, c.err)
 			}
 		}

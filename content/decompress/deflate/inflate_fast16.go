@@ -2,6 +2,7 @@ package deflate
 
 import "unsafe"
 
+// fastMarked is fastBytes for decodeMarked: see there.
 func (f *inflater) fastMarked(out []uint16, n, most int) (newN int, done bool, err error) {
 	inEnd := int64(len(f.in) - inMargin)
 	if most < len(f.in) {
@@ -9,7 +10,7 @@ func (f *inflater) fastMarked(out []uint16, n, most int) (newN int, done bool, e
 	}
 	outEnd := len(out) - outMargin
 	pos := f.at >> 3
-	if pos > inEnd || n > outEnd {
+	if pos < 0 || pos > inEnd || n > outEnd || !littleEndian {
 		return n, false, nil
 	}
 	t := f.t
@@ -94,7 +95,8 @@ func (f *inflater) fastMarked(out []uint16, n, most int) (newN int, done bool, e
 		to := unsafe.Add(o, 2*n)
 		from := unsafe.Add(to, -2*dist)
 		n += length
-		if dist >= 16 {
+		switch {
+		case dist >= 16:
 			*(*[16]byte)(to) = *(*[16]byte)(from)
 			*(*[16]byte)(unsafe.Add(to, 16)) = *(*[16]byte)(unsafe.Add(from, 16))
 			for length > 16 {
@@ -104,7 +106,7 @@ func (f *inflater) fastMarked(out []uint16, n, most int) (newN int, done bool, e
 				*(*[16]byte)(to) = *(*[16]byte)(from)
 				*(*[16]byte)(unsafe.Add(to, 16)) = *(*[16]byte)(unsafe.Add(from, 16))
 			}
-		} else if dist >= 4 {
+		case dist >= 4:
 			for {
 				*(*uint64)(to) = *(*uint64)(from)
 				if length -= 4; length <= 0 {
@@ -113,7 +115,7 @@ func (f *inflater) fastMarked(out []uint16, n, most int) (newN int, done bool, e
 				to = unsafe.Add(to, 8)
 				from = unsafe.Add(from, 8)
 			}
-		} else {
+		default:
 			v := *(*uint64)(from)
 			s := uint(64 - 16*dist)
 			v = v << (s & 63) >> (s & 63) * nearMul[(2*dist)&15]

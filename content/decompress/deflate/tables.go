@@ -3,13 +3,14 @@ package deflate
 import "math/bits"
 
 // Sizes of the decoding tables. The first level is indexed by litBits or distBits bits of input; longer codes go on in
-// subtables behind it. The room for those is the worst case over all complete codes of 15 bits (what zlib's
-// examples/enough.c counts: 288 symbols with 11 bits need 2342 entries, 32 symbols with 9 bits 594; TestTableRoom counts again).
+// subtables behind it. One of 2^w entries is there because a code is w bits longer than the first level, so it holds at least
+// w+1 symbols; of the longest codes (15 bits: w = 4 for literals and lengths, 6 for distances) that makes 16 entries for 5 of
+// 288 symbols, or 64 for 7 of 32, and shorter ones take less. Hence never more than 58 or 5 such subtables' worth.
 const (
 	litBits  = 11
 	distBits = 9
-	litSize  = 2342
-	distSize = 594
+	litSize  = 1<<litBits + 58*16
+	distSize = 1<<distBits + 5*64
 
 	maxCode  = 15  // bits of the longest code
 	maxLit   = 286 // literal/length symbols a dynamic block may define
