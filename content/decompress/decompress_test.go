@@ -1,6 +1,7 @@
 package decompress
 
 import (
+	"archive/tar"
 	"bytes"
 	"context"
 	"encoding/binary"
@@ -8,7 +9,9 @@ import (
 	"io"
 	"math/rand/v2"
 	"os"
+	"runtime"
 	"strings"
+	"sync"
 	"testing"
 	"testing/iotest"
 	"time"
@@ -87,6 +90,17 @@ func skippable(id byte, content string) []byte {
 	return append(b, content...)
 }
 
+func u32(n int) []byte { return binary.LittleEndian.AppendUint32(nil, uint32(n)) }
+
+// tarNamed is a tar of one empty file.
+func tarNamed(name string) []byte {
+	var b bytes.Buffer
+	w := tar.NewWriter(&b)
+	_ = w.WriteHeader(&tar.Header{Name: name, Mode: 0o644})
+	_ = w.Close()
+	return b.Bytes()
+}
+
 func join(parts ...[]byte) []byte { return bytes.Join(parts, nil) }
 
 // readings are the ways to read a stream to its end.
@@ -97,6 +111,49 @@ var readings = map[string]func(io.Reader) ([]byte, error){
 		var b bytes.Buffer
 		_, err := r.(io.WriterTo).WriteTo(&b)
 		return b.Bytes(), err
+	},
+	"Next": func(r io.Reader) ([]byte, error) {
+		var parts []*[]byte
+		var wg sync.WaitGroup
+		for {
+			data, release, err := r.(*Reader).Next()
+			if err != nil {
+				wg.Wait()
+				var all []byte
+				for _, p := range parts {
+					all = append(all, *p...)
+				}
+				if errors.Is(err, io.EOF) {
+					err = nil
+				}
+				return all, err
+			}
+			part := new([]byte)
+			parts = append(parts, part)
+			wg.Go(func() { // looked at and released late, and not in order
+				runtime.Gosched()
+				*part = bytes.Clone(data)
+				release()
+			})
+		}
+	},
+	"ReadThenNext": func(r io.Reader) ([]byte, error) {
+		head := make([]byte, 1000)
+		n, err := io.ReadFull(struct{ io.Reader }{r}, head)
+		if err != nil {
+			if errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) {
+				err = nil
+			}
+			return head[:n], err
+		}
+		rest, release, err := r.(*Reader).Next()
+		if err != nil {
+			return head, nil // the end: the caller sees it again
+		}
+		head = append(head, rest...)
+		release()
+		more, err := io.ReadAll(r)
+		return append(head, more...), err
 	},
 	"ReadThenWriteTo": func(r io.Reader) ([]byte, error) {
 		var b bytes.Buffer
@@ -126,7 +183,6 @@ func TestFormats(t *testing.T) {
 		{"gzip, zero padding", join(gz(t, data, gzip.Header{}), make([]byte, 5000)), Gzip, data},
 		{"gzip, one zero", join(gz(t, data, gzip.Header{}), []byte{0}), Gzip, data},
 		{"gzip, garbage", join(gz(t, data, gzip.Header{}), sample(300<<10)), Gzip, data},
-		{"gzip, half a magic", join(gz(t, data, gzip.Header{}), []byte{0x1f}), Gzip, data},
 		{"gzip, a member behind zeros is garbage", join(gz(t, a, gzip.Header{}), []byte{0, 0}, gz(t, b, gzip.Header{})), Gzip, a},
 		{"zstd", zst(t, data), Zstd, data},
 		{"zstd frames", join(zst(t, a), zst(t, b)), Zstd, data},
@@ -141,6 +197,17 @@ func TestFormats(t *testing.T) {
 		{"lz4 with its size", lz(t, data, lz4.SizeOption(uint64(len(data)))), LZ4, data},
 		{"lz4 frames", join(lz(t, a), lz(t, b)), LZ4, data},
 		{"lz4 behind a skippable frame", join(skippable(5, "lz"), lz(t, data)), LZ4, data},
+		{"lz4, skippable frames all over", join(lz(t, a), skippable(5, "mid"), lz(t, nil), lz(t, b), skippable(0, "")), LZ4, data},
+		{"lz4, blocks of 4 MiB behind small ones", join(lz(t, data, lz4.BlockSizeOption(lz4.Block64Kb)), lz(t, data, lz4.BlockSizeOption(lz4.Block4Mb))), LZ4, join(data, data)},
+		{"lz4, linked blocks", linkedFrame(data), LZ4, data},
+		{"lz4, linked and independent frames", join(linkedFrame(a), lz(t, b), linkedFrame(a)), LZ4, join(data, a)},
+		{"lz4, legacy", lz(t, data, lz4.LegacyOption(true)), LZ4, data},
+		{"lz4, legacy frames, another, and the size of all", join(lz(t, a, lz4.LegacyOption(true)), lz(t, b, lz4.LegacyOption(true)), lz(t, a), lz(t, b, lz4.LegacyOption(true)), u32(len(b))), LZ4, join(data, data)},
+		{"apple", apple(data, 64<<10), AppleLZ4, data},
+		{"apple, blocks of any size", join(apple(data, 3<<20)), AppleLZ4, data},
+		{"apple of nothing", []byte("bv4$"), AppleLZ4, nil},
+		{"apple, something behind the end", join(apple(data, 64<<10), []byte("bv41 is no block here")), AppleLZ4, data},
+		{"a tar whose first file is bv41", tarNamed("bv41"), Uncompressed, tarNamed("bv41")},
 		{"uncompressed", data, Uncompressed, data},
 		{"empty", nil, Uncompressed, nil},
 		{"one byte", []byte{0x1f}, Uncompressed, []byte{0x1f}},
@@ -151,7 +218,7 @@ func TestFormats(t *testing.T) {
 		for how, read := range readings {
 			t.Run(c.name+"/"+how, func(t *testing.T) {
 				t.Parallel()
-				r, err := NewReader(t.Context(), bytes.NewReader(c.in))
+				r, err := NewReader(t.Context(), bytes.NewReader(c.in), WithWorkers(2))
 				if err != nil {
 					t.Fatal(err)
 				}
@@ -196,16 +263,24 @@ func drain(ctx context.Context, in io.Reader) ([]byte, error) {
 func TestTruncatedAnywhere(t *testing.T) {
 	t.Parallel()
 	data := sample(3000)
+	firstFrame := streamed(t, data[:1000])
 	for name, in := range map[string][]byte{
 		"gzip": gz(t, data, gzip.Header{Name: "n", Comment: "c", Extra: []byte("ee")}),
 		"zstd": join(skippable(2, "skip"), zst(t, data)),
 		"lz4":  lz(t, data, lz4.ChecksumOption(true), lz4.BlockSizeOption(lz4.Block64Kb)),
+
+		"lz4 linked":  linkedFrame(data),
+		"lz4 size":    lz(t, data, lz4.SizeOption(uint64(len(data))), lz4.BlockChecksumOption(true)),
+		"lz4 legacy":  lz(t, data, lz4.LegacyOption(true)),
+		"apple":       apple(data, 1000),
+		"zstd sized":  zst(t, data, zstd.WithSingleSegment(true)),
+		"zstd frames": join(firstFrame, streamed(t, data[1000:])),
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			for cut := 4; cut < len(in); cut++ {
-				if name == "zstd" && cut == 12 {
-					continue // the skippable frame alone is a whole stream
+				if whole(name, cut, len(firstFrame)) {
+					continue
 				}
 				got, err := drain(t.Context(), bytes.NewReader(in[:cut]))
 				if !errors.Is(err, ErrCorrupt) || !errors.Is(err, io.ErrUnexpectedEOF) || !errdefs.IsInvalidArgument(err) {
@@ -223,6 +298,30 @@ func TestTruncatedAnywhere(t *testing.T) {
 			}
 		}
 	})
+}
+
+// whole says whether the stream is complete when it is cut there.
+func whole(name string, cut, frame int) bool {
+	return name == "zstd" && cut == 12 || // a skippable frame
+		name == "zstd frames" && cut == frame ||
+		name == "lz4 legacy" && cut == 4 // no block is an empty frame
+}
+
+// streamed is a zstd frame that does not tell its content's size.
+func streamed(t testing.TB, data []byte) []byte {
+	t.Helper()
+	var b bytes.Buffer
+	w, err := zstd.NewWriter(&b, zstd.WithEncoderConcurrency(1))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := w.Write(data[:len(data)/2]); err != nil {
+		t.Fatal(err)
+	}
+	if err := w.Flush(); err != nil {
+		t.Fatal(err)
+	}
+	return finish(t, &b, w, data[len(data)/2:])
 }
 
 func TestCorrupt(t *testing.T) {
@@ -244,6 +343,7 @@ func TestCorrupt(t *testing.T) {
 		{"gzip checksum", flip(g, -6)},
 		{"gzip length", flip(g, -1)},
 		{"gzip reserved flag", flip(join(g[:3], []byte{0x80 ^ 0x10}, g[4:]), 3)},
+		{"gzip, half a magic", join(g, []byte{0x1f})}, // so says gzip(1), 1.12
 		{"gzip second header", join(g, []byte{0x1f, 0x8b, 9, 0, 0, 0, 0, 0, 0, 0})},
 		{"zstd body", flip(z, len(z)/2)},
 		{"zstd checksum", flip(z, -1)},
@@ -254,6 +354,24 @@ func TestCorrupt(t *testing.T) {
 		{"lz4 checksum", flip(l, -1)},
 		{"lz4 header", flip(l, 6)},
 		{"lz4 trailing garbage", join(l, []byte("garbage"))},
+		{"lz4 reserved bits", lz4Header(1<<6|1<<5|1<<1, 4<<4)},
+		{"lz4 version", lz4Header(2<<6|1<<5, 4<<4)},
+		{"lz4 block size", lz4Header(1<<6|1<<5, 3<<4)},
+		{"lz4 block too long", join(lz4Header(1<<6|1<<5, 4<<4), u32(65537), make([]byte, 65537), u32(0))},
+		{"lz4 block checksum", flip(linkedFrame(data), -9)},
+		{"lz4 content checksum, linked", flip(linkedFrame(data), -1)},
+		{"lz4 independent block checksum", flip(lz(t, data, lz4.BlockChecksumOption(true), lz4.ChecksumOption(false)), -5)},
+		{"lz4 shorter than announced", resized(lz(t, data, lz4.SizeOption(uint64(len(data))), lz4.ChecksumOption(false)), len(data)+1)},
+		{"lz4 longer than announced", resized(lz(t, data, lz4.SizeOption(uint64(len(data))), lz4.ChecksumOption(false)), len(data)-1)},
+		{"lz4 refers to what is before it", join(lz4Header(1<<6, 4<<4), u32(4), []byte{0x10, 'x', 2, 0}, u32(0))},
+		{"lz4 legacy, wrong size of all", join(lz(t, data, lz4.LegacyOption(true)), u32(len(data)+1))},
+		{"lz4 legacy, block over its bound", join(u32(magicLZ4Legacy), u32(legacyBound+1), make([]byte, legacyBound+1))},
+		{"apple, other magic", join(apple(data, 64<<10)[:0], []byte("bv4-\x01\x00\x00\x00xbv42"))},
+		{"apple, block over its bound", join([]byte("bv41"), u32(appleMost+1), u32(appleMost), make([]byte, appleMost))},
+		{"apple, more than its bytes can hold", join([]byte("bv41"), u32(1<<20), u32(100), make([]byte, 100), []byte("bv4$"))},
+		{"apple, more bytes than it holds", join([]byte("bv41"), u32(1), u32(100), make([]byte, 100), []byte("bv4$"))},
+		{"apple, size lies", join([]byte("bv41"), u32(4), u32(4), []byte{0x30, 'a', 'b', 'c'}, []byte("bv4$"))},
+		{"apple, refers to what is before it", join([]byte("bv41"), u32(5), u32(4), []byte{0x10, 'x', 2, 0}, []byte("bv4$"))},
 		{"tar behind a skippable frame", join(skippable(0, "x"), data)},
 		{"gzip behind a skippable frame", join(skippable(0, "x"), g)},
 	} {
@@ -266,11 +384,36 @@ func TestCorrupt(t *testing.T) {
 	}
 }
 
+// lz4Header is a frame header, its checksum right.
+func lz4Header(flags, sizes byte, more ...byte) []byte {
+	descriptor := append([]byte{flags, sizes}, more...)
+	return join(u32(magicLZ4), descriptor, []byte{byte(xxh32Of(descriptor) >> 8)})
+}
+
+// resized has an LZ4 frame announce another size.
+func resized(frame []byte, size int) []byte {
+	more := binary.LittleEndian.AppendUint64(nil, uint64(size))
+	return join(lz4Header(frame[4], frame[5], more...), frame[15:])
+}
+
+func TestDictionariesAreRefused(t *testing.T) {
+	t.Parallel()
+	for name, in := range map[string][]byte{
+		"lz4":  join(lz4Header(1<<6|1<<5|1, 4<<4, 1, 2, 3, 4), u32(0)),
+		"zstd": {0x28, 0xb5, 0x2f, 0xfd, 0x21, 7, 0, 1, 0, 0},
+	} {
+		_, err := drain(t.Context(), bytes.NewReader(in))
+		if !errors.Is(err, ErrCorrupt) || !errdefs.IsNotImplemented(err) || !strings.Contains(err.Error(), "dictionary") {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+}
+
 func TestErrorsOfOthersPassThrough(t *testing.T) {
 	t.Parallel()
 	data := sample(300 << 10)
 	boom := errors.New("boom")
-	for name, in := range map[string][]byte{"gzip": gz(t, data, gzip.Header{}), "zstd": zst(t, data), "lz4": lz(t, data), "tar": data} {
+	for name, in := range map[string][]byte{"gzip": gz(t, data, gzip.Header{}), "zstd": zst(t, data), "lz4": lz(t, data), "apple": apple(data, 64<<10), "linked": linkedFrame(data), "frames": join(zst(t, data), zst(t, data)), "tar": data} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			for _, cut := range []int{0, 3, len(in) / 2, len(in)} {
@@ -316,118 +459,5 @@ func TestCancelled(t *testing.T) {
 	}
 	if _, err := NewReader(ctx, bytes.NewReader(in)); !errors.Is(err, stop) {
 		t.Errorf("NewReader: %v, want the cause", err)
-	}
-}
-
-// counting counts what was taken from it.
-type counting struct {
-	r io.Reader
-	n int
-}
-
-func (c *counting) Read(p []byte) (int, error) {
-	n, err := c.r.Read(p)
-	c.n += n
-	return n, err
-}
-
-func TestDecodesNoFurtherThanAsked(t *testing.T) {
-	t.Parallel()
-	zeros := make([]byte, 32<<20)
-	for name, in := range map[string][]byte{"gzip": gz(t, zeros, gzip.Header{}), "zstd": zst(t, zeros), "lz4": lz(t, zeros)} {
-		t.Run(name, func(t *testing.T) {
-			t.Parallel()
-			src := &counting{r: bytes.NewReader(join(in, in, in, in, in, in, in, in))}
-			r, err := NewReader(t.Context(), src)
-			if err != nil {
-				t.Fatal(err)
-			}
-			defer closed(t, r)
-			if _, err := io.ReadFull(r, make([]byte, 1000)); err != nil {
-				t.Fatal(err)
-			}
-			if src.n > 2*inputBuffer {
-				t.Errorf("took %d bytes of input for 1000 of output", src.n)
-			}
-		})
-	}
-}
-
-func FuzzReader(f *testing.F) {
-	data := sample(2000)
-	g, z, l := gz(f, data, gzip.Header{Name: "n", Extra: []byte("ee")}), zst(f, data), lz(f, data)
-	for _, seed := range [][]byte{nil, {0x1f}, g, z, l, data, join(g, g), join(g, []byte("junk")), join(skippable(0, "s"), z), join(skippable(9, "s"), l), g[:50], z[:50], l[:50]} {
-		f.Add(seed, uint16(64))
-	}
-	f.Fuzz(func(t *testing.T, in []byte, step uint16) {
-		const most = 8 << 20 // a bomb is read this far
-		src := &counting{r: bytes.NewReader(in)}
-		r, err := NewReader(t.Context(), src)
-		if err != nil {
-			if !errors.Is(err, ErrCorrupt) {
-				t.Fatalf("NewReader: %v", err)
-			}
-			return
-		}
-		defer closed(t, r)
-		buf := make([]byte, int(step)+1)
-		for total := 0; total < most; {
-			n, err := r.Read(buf)
-			if n < 0 || n > len(buf) {
-				t.Fatalf("read %d into %d", n, len(buf))
-			}
-			total += n
-			if errors.Is(err, io.EOF) {
-				if src.n != len(in) {
-					t.Fatalf("end after %d of %d bytes", src.n, len(in))
-				}
-				return
-			}
-			if err != nil {
-				if !errors.Is(err, ErrCorrupt) {
-					t.Fatalf("error without ErrCorrupt: %v", err)
-				}
-				return
-			}
-		}
-	})
-}
-
-// BenchmarkReader prints uncompressed MB/s per format, read in steps of 128 KiB
-// and through WriteTo.
-func BenchmarkReader(b *testing.B) {
-	data := sample(64 << 20)
-	for _, c := range []struct {
-		name string
-		in   []byte
-	}{
-		{"gzip", gz(b, data, gzip.Header{})},
-		{"zstd", zst(b, data)},
-		{"lz4", lz(b, data)},
-		{"uncompressed", data},
-	} {
-		for _, how := range []string{"Read", "WriteTo"} {
-			b.Run(c.name+"/"+how, func(b *testing.B) {
-				b.SetBytes(int64(len(data)))
-				buf := make([]byte, 128<<10)
-				for b.Loop() {
-					r, err := NewReader(b.Context(), bytes.NewReader(c.in))
-					if err != nil {
-						b.Fatal(err)
-					}
-					var src io.Reader = r
-					if how == "Read" {
-						src = struct{ io.Reader }{r}
-					}
-					if _, err := io.CopyBuffer(struct{ io.Writer }{io.Discard}, src, buf); err != nil {
-						b.Fatal(err)
-					}
-					if err := r.Close(); err != nil {
-						b.Fatal(err)
-					}
-				}
-				b.ReportMetric(float64(len(data))/float64(len(c.in)), "ratio")
-			})
-		}
 	}
 }

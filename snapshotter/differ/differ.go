@@ -92,6 +92,9 @@ func (d *Differ) Apply(ctx context.Context, desc ocispec.Descriptor, mounts []mo
 }
 
 func (d *Differ) unpack(ctx context.Context, desc ocispec.Descriptor, mounts []mount.Mount, diffID digest.Digest, opts []diff.ApplyOpt) (ocispec.Descriptor, error) {
+	if strings.HasSuffix(desc.MediaType, "+"+lz4) {
+		return ocispec.Descriptor{}, fmt.Errorf("layer %s: lz4 can only be unpacked into one of gantry's snapshots that is empty: %w", desc.Digest, errdefs.ErrNotImplemented)
+	}
 	got, err := d.fallback.Apply(ctx, desc, mounts, opts...)
 	if err != nil {
 		return ocispec.Descriptor{}, fmt.Errorf("layer %s: unpack onto its mounts: %w", desc.Digest, err)
@@ -102,6 +105,10 @@ func (d *Differ) unpack(ctx context.Context, desc ocispec.Descriptor, mounts []m
 	return got, nil
 }
 
+// lz4 is the suffix of a media type that containerd's unpacker lets through, but
+// whose layers its own differs take for plain tars.
+const lz4 = "lz4"
+
 // isTar says whether a blob of this type is a tar, compressed or not. A suffix
 // that is no compression, such as +encrypted, wraps the tar in something else.
 func isTar(ctx context.Context, mediaType string) bool {
@@ -109,7 +116,7 @@ func isTar(ctx context.Context, mediaType string) bool {
 		return false
 	}
 	_, suffixes, _ := strings.Cut(mediaType, "+")
-	return suffixes == "" || slices.Contains([]string{"gzip", "zstd"}, suffixes)
+	return suffixes == "" || slices.Contains([]string{"gzip", "zstd", lz4}, suffixes)
 }
 
 // Compare returns ErrNotImplemented: containerd's walking differ does it.

@@ -158,6 +158,29 @@ func TestApplyAdopts(t *testing.T) {
 	}
 }
 
+// TestApplyTakesLZ4 has a media type that containerd does not know, but lets through.
+func TestApplyTakesLZ4(t *testing.T) {
+	r := newRig(t)
+	desc := r.add(t, "a")
+	desc.MediaType = ocispec.MediaTypeImageLayer + "+lz4"
+	mounts, err := r.snapshots.Prepare(t.Context(), "k", "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	got, err := r.Apply(t.Context(), desc, mounts)
+	if want := r.wants(desc); err != nil || got.Digest != want.Digest || got.Size != want.Size {
+		t.Errorf("got %+v, %v; want %+v", got, err, want)
+	}
+	foreign := []mount.Mount{{Type: "bind", Source: t.TempDir(), Options: []string{"rw", "rbind"}}}
+	if _, err := r.Apply(t.Context(), desc, foreign); !errdefs.IsNotImplemented(err) || !strings.Contains(err.Error(), "lz4") {
+		t.Errorf("onto foreign mounts: got %v, want ErrNotImplemented that names lz4", err)
+	}
+	desc.MediaType += "+encrypted"
+	if _, err := r.Apply(t.Context(), desc, mounts); !errors.Is(err, ErrStreamProcessor) {
+		t.Errorf("encrypted: got %v, want ErrStreamProcessor", err)
+	}
+}
+
 func TestApplySecondLayerGoesOverTheFirst(t *testing.T) {
 	r := newRig(t)
 	mounts, err := r.snapshots.Prepare(t.Context(), "k", "")
