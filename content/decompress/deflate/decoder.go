@@ -276,7 +276,7 @@ func (d *decoder) feedMore() error {
 }
 
 func (d *decoder) atBlock() (outcome, error) {
-	at, ok := canonical(d.in, d.inf.bit())
+	at, ok := blockStart(d.in, d.inf.bit())
 	if !ok && !d.eof {
 		return going, d.feedMore() // and then here again
 	}
