@@ -11,11 +11,11 @@ type mark struct {
 	member bool  // a gzip header stands there, not a block's
 }
 
-// canonical makes the starts of a stored block comparable: between its three
+// blockStart makes the starts of a stored block comparable: between its three
 // header bits and its length up to seven bits of padding are zero as well, so
 // the header could be read at each of those. It is taken to stand right before
 // the length. bit is a block boundary in in; ok is false if in ends too early.
-func canonical(in []byte, bit int64) (at int64, ok bool) {
+func blockStart(in []byte, bit int64) (at int64, ok bool) {
 	if (bit+2)>>3 >= int64(len(in)) {
 		return bit, false
 	}
