@@ -4,7 +4,6 @@ import (
 	"archive/tar"
 	"bytes"
 	"compress/gzip"
-	"fmt"
 	"math/rand/v2"
 	"testing"
 
@@ -70,6 +69,6 @@ func BenchmarkTail(b *testing.B) {
 		}
 		r := f.Recent()[0]
 		b.ReportMetric(r.TailSeconds, "tail-s")
-		b.Log(fmt.Sprintf("%+v", r.Seconds))
+		b.Logf("%+v", r.Seconds)
 	}
 }
