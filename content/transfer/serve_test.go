@@ -1,6 +1,7 @@
 package transfer
 
 import (
+	"context"
 	"fmt"
 	"io"
 	"net"
@@ -17,7 +18,7 @@ import (
 const ServeFolder = "GANTRY_TEST_TRANSFER_SERVE"
 
 func runServer(dir string) {
-	l, err := net.Listen("tcp", "127.0.0.1:0")
+	l, err := new(net.ListenConfig).Listen(context.Background(), "tcp", "127.0.0.1:0")
 	if err != nil {
 		fmt.Println(err)
 		os.Exit(1)
