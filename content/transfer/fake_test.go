@@ -22,6 +22,10 @@ func TestMain(m *testing.M) {
 		runChild(root)
 		return
 	}
+	if dir := os.Getenv(ServeFolder); dir != "" {
+		runServer(dir)
+		return
+	}
 	goleak.VerifyTestMain(m)
 }
 

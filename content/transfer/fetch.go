@@ -89,8 +89,13 @@ type localError struct{ err error }
 func (e *localError) Error() string { return e.err.Error() }
 func (e *localError) Unwrap() error { return e.err }
 
-// buffers hold a block for each connection under way.
-var buffers = sync.Pool{New: func() any { return new([blockSize]byte) }}
+// bufferSize is what a connection takes from the network and writes in one step, if there is as much. One write of 256
+// KiB costs a quarter less than four of 64 KiB. More would cost a kill more, and the kernel more where its memory is in
+// pieces: a write of 2 MiB can take several times as long a byte.
+const bufferSize = blockSize
+
+// buffers hold what each connection under way receives.
+var buffers = sync.Pool{New: func() any { return new([bufferSize]byte) }}
 
 // exchange sends one request and stores the reply. got counts bytes that were missing before.
 func (j *job) exchange(ctx context.Context, c *conn) (got int64, err error) {
@@ -122,18 +127,18 @@ func (j *job) exchange(ctx context.Context, c *conn) (got int64, err error) {
 	}
 	defer func() { _ = body.Close() }()
 	j.shared.hosts.answered(c.src.host.shared, time.Since(c.begun))
-	in := &reader{job: j, conn: c, body: body, timer: timer, patience: j.opts.Stall}
-	buf := buffers.Get().(*[blockSize]byte)
+	buf := buffers.Get().(*[bufferSize]byte)
 	defer buffers.Put(buf)
+	in := &reader{job: j, conn: c, body: body, timer: timer, patience: j.opts.Stall, buf: buf[:]}
 	switch {
 	case !c.plain && body.Off == off && body.N > 0 && body.N <= n:
 		j.learn(c.src.host, rangesYes, n < j.blob.Size)
-		return j.store(in, off+body.N, buf[:])
+		return j.store(in, off+body.N)
 	case body.Off == 0 && (body.N < 0 || body.N == j.blob.Size):
 		if !j.learn(c.src.host, rangesNo, n < j.blob.Size) {
 			return 0, nil // another stream of this host is on its way
 		}
-		return j.plain(in, c.span, buf[:])
+		return j.plain(in, c.span)
 	}
 	return 0, fmt.Errorf("asked for %d bytes from %d, the reply says %d from %d: %w", n, off, body.N, body.Off, ErrWrongRange)
 }
@@ -189,24 +194,30 @@ type reader struct {
 	body     io.Reader
 	timer    *time.Timer
 	patience time.Duration
+	buf      []byte
+	n        int // bytes in buf
 }
 
-// fill reads until p is full or the body ends.
-func (r *reader) fill(p []byte) (n int, err error) {
-	for n < len(p) && err == nil {
+// fill reads until buf holds least bytes or the body ends, and takes along what is there already, most bytes in all.
+func (r *reader) fill(least, most int64) (err error) {
+	most = min(most, int64(len(r.buf)))
+	for int64(r.n) < min(least, most) && err == nil {
 		var m int
-		m, err = r.body.Read(p[n:])
+		m, err = r.body.Read(r.buf[r.n:most])
 		if m > 0 {
-			n += m
+			r.n += m
 			r.timer.Reset(r.patience)
 			r.job.arrive(r.conn, int64(m))
 		}
 	}
-	if n == len(p) {
-		return n, nil
+	if int64(r.n) >= min(least, most) {
+		return nil
 	}
-	return n, err
+	return err
 }
+
+// used takes the first n bytes out of buf.
+func (r *reader) used(n int64) { r.n = copy(r.buf, r.buf[n:r.n]) }
 
 // arrive counts bytes from the network.
 func (j *job) arrive(c *conn, n int64) {
@@ -229,21 +240,27 @@ func (j *job) arrive(c *conn, n int64) {
 
 // store writes the span of a connection, up to end and for as long as nobody else takes its tail over, from a body that
 // starts where the span does. What is there of a block is recorded at every step, because a kill costs what is not.
-func (j *job) store(in *reader, end int64, buf []byte) (got int64, err error) {
+// A connection waits for no more than the end of a step: what is written at once is what had come meanwhile.
+func (j *job) store(in *reader, end int64) (got int64, err error) {
 	s := in.conn.span
 	for {
-		left := min(end, stepEnd(s.off), j.ends(s)) - s.off
+		left := min(end, j.ends(s)) - s.off
 		if left <= 0 {
 			return got, nil
 		}
-		n, err := in.fill(buf[:left])
+		err := in.fill(stepEnd(s.off)-s.off, left)
+		n := int64(in.n)
+		if steps := (s.off+n)/recordStep*recordStep - s.off; err == nil && n < left && steps > 0 {
+			n = steps
+		}
 		// A span of which nothing has come may have been given to a plain stream while this waited for its first bytes.
 		// What that one stored may be hashed by now. Once something came, the span is this connection's until it ends.
-		if n > 0 && j.ends(s) > s.off {
-			if err := j.landed(in.conn.src.host, s, buf[:n]); err != nil {
+		if n = j.reserve(s, n); n > 0 {
+			if err := j.landed(in.conn.src.host, s, in.buf[:n]); err != nil {
 				return got, err
 			}
-			got += int64(n)
+			got += n
+			in.used(n)
 		}
 		if err != nil {
 			return got, unexpected(err)
@@ -261,7 +278,20 @@ func (j *job) ends(s *span) int64 {
 	return s.end
 }
 
-// recordStep is what a kill may cost of each connection, beside what the kernel holds of it. Blocks are whole
+// reserve says how many of the next n bytes of a span its connection may write. Nobody takes them over meanwhile.
+func (j *job) reserve(s *span, n int64) int64 {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	if _, live := j.ledger.live[s]; !live {
+		return 0
+	}
+	n = min(n, s.end-s.off)
+	s.held = s.off + n
+	return n
+}
+
+// recordStep is what a kill may cost of each connection, beside what the kernel holds of it and what is being written:
+// that is more than a step only if more had come than was written, so the kernel would hold it else. Blocks are whole
 // multiples.
 const recordStep = 64 << 10
 
@@ -269,7 +299,7 @@ func stepEnd(off int64) int64 { return off/recordStep*recordStep + recordStep }
 
 // plain stores what is missing from a body that holds the whole blob, whoever may have fetched parts of it.
 // The host's only request was for s, which goes back first.
-func (j *job) plain(in *reader, s *span, buf []byte) (got int64, err error) {
+func (j *job) plain(in *reader, s *span) (got int64, err error) {
 	j.mu.Lock()
 	j.ledger.release(s)
 	missing := len(j.ledger.gaps) > 0
@@ -279,8 +309,9 @@ func (j *job) plain(in *reader, s *span, buf []byte) (got int64, err error) {
 	}
 	for pos := int64(0); pos < j.blob.Size; pos = blockEnd(pos) {
 		end := min(blockEnd(pos), j.blob.Size)
-		n, readErr := in.fill(buf[:end-pos])
-		m, err := j.fillIn(in.conn.src.host, pos, buf[:n])
+		readErr := in.fill(end-pos, end-pos)
+		m, err := j.fillIn(in.conn.src.host, pos, in.buf[:in.n])
+		in.n = 0
 		got += m
 		if err != nil {
 			return got, err
@@ -317,27 +348,39 @@ func unexpected(err error) error {
 	return err
 }
 
-// landed writes bytes that follow the start of a live span, all within one block, and records the block when it is
-// full.
+// landed writes bytes that follow the start of a live span, and records the blocks that are full, and how far the last
+// one is.
 func (j *job) landed(h *host, s *span, p []byte) error {
 	f := j.folder
-	if _, err := f.data.WriteAt(p, s.off); err != nil {
+	if err := f.write(p, s.off); err != nil {
 		return &localError{err}
 	}
-	crc := crc32.Update(s.crc, castagnoli, p)
-	start, end := s.off/blockSize*blockSize, s.off+int64(len(p))
-	if end%recordStep == 0 || end == j.blob.Size {
-		if err := f.record(uint32(start/blockSize), end-start, crc); err != nil {
-			return &localError{err}
+	off, end, crc := s.off, s.off+int64(len(p)), s.crc
+	var recs [bufferSize/blockSize + 1]record
+	n := 0
+	for off < end {
+		upTo := min(blockEnd(off), end)
+		crc = crc32.Update(crc, castagnoli, p[:upTo-off])
+		p = p[upTo-off:]
+		start := off / blockSize * blockSize
+		if upTo%recordStep == 0 || upTo == j.blob.Size {
+			recs[n] = record{block: uint32(start / blockSize), length: uint32(upTo - start), crc: crc}
+			n++
 		}
+		if upTo == min(start+blockSize, j.blob.Size) {
+			crc = 0
+		}
+		off = upTo
 	}
-	if end == min(start+blockSize, j.blob.Size) {
-		crc = 0
+	if err := f.state.append(kindBlock, recs[:n]...); err != nil {
+		return &localError{err}
 	}
 	j.mu.Lock()
 	defer j.mu.Unlock()
 	h.fails = 0
-	j.served.note(uint32(start/blockSize), h.name)
+	for block := s.off / blockSize; block*blockSize < end; block++ {
+		j.served.note(uint32(block), h.name)
+	}
 	j.ledger.landed(s, end, crc)
 	j.advance()
 	return nil

@@ -13,7 +13,8 @@ const blockSize = 256 << 10
 type span struct {
 	off, end int64
 	crc      uint32
-	recorded bool // nobody fetches it: it is being compared with its records
+	held     int64 // its connection writes up to here now
+	recorded bool  // nobody fetches it: it is being compared with its records
 }
 
 // ledger says which bytes are missing and who fetches them. Every byte of the blob is there, in exactly one

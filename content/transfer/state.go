@@ -94,12 +94,12 @@ func decodeHeader(b []byte) (stateHeader, error) {
 	return h, nil
 }
 
-func encodeRecord(generation uint32, kind byte, r record) []byte {
-	b := make([]byte, 0, recordSize)
+func appendRecord(b []byte, generation uint32, kind byte, r record) []byte {
+	start := len(b)
 	b = binary.LittleEndian.AppendUint32(b, r.block)
 	b = binary.LittleEndian.AppendUint32(b, uint32(kind)<<24|r.length)
 	b = binary.LittleEndian.AppendUint32(b, r.crc)
-	return binary.LittleEndian.AppendUint32(b, recordCheck(generation, b))
+	return binary.LittleEndian.AppendUint32(b, recordCheck(generation, b[start:]))
 }
 
 func recordCheck(generation uint32, b []byte) uint32 {
@@ -178,7 +178,8 @@ func blockLen(size int64, block uint32) int64 {
 	return min(blockSize, size-int64(block)*blockSize)
 }
 
-// stateFile appends records. Safe for concurrent use: every record is one write to a file opened with O_APPEND.
+// stateFile appends records. Safe for concurrent use: records that belong together are one write to a file opened with
+// O_APPEND.
 type stateFile struct {
 	f          *os.File
 	generation uint32
@@ -224,8 +225,15 @@ func trimRecord(f *os.File) error {
 	return nil
 }
 
-func (s *stateFile) append(kind byte, r record) error {
-	n, err := s.f.Write(encodeRecord(s.generation, kind, r))
+func (s *stateFile) append(kind byte, recs ...record) error {
+	if len(recs) == 0 {
+		return nil
+	}
+	b := make([]byte, 0, len(recs)*recordSize)
+	for _, r := range recs {
+		b = appendRecord(b, s.generation, kind, r)
+	}
+	n, err := s.f.Write(b)
 	if err != nil && n > 0 {
 		// Records are found by their offset: a piece of one must not shift those that follow.
 		err = errors.Join(err, trimRecord(s.f))

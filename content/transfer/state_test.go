@@ -70,12 +70,12 @@ func reopenState(path string) (*stateFile, *stateLog, error) {
 func FuzzState(f *testing.F) {
 	h := stateHeader{size: 5*blockSize + 1, generation: 7}
 	good := h.encode()
-	good = append(good, encodeRecord(7, kindBlock, record{1, blockSize, 99})...)
-	good = append(good, encodeRecord(7, kindBlock, record{5, 1, 98})...)
-	good = append(good, encodeRecord(7, kindComplete, record{})...)
+	good = append(good, appendRecord(nil, 7, kindBlock, record{1, blockSize, 99})...)
+	good = append(good, appendRecord(nil, 7, kindBlock, record{5, 1, 98})...)
+	good = append(good, appendRecord(nil, 7, kindComplete, record{})...)
 	f.Add(good)
 	f.Add(good[:len(good)-3])
-	f.Add(append(bytes.Clone(good), encodeRecord(8, kindBlock, record{2, 1, 1})...))
+	f.Add(append(bytes.Clone(good), appendRecord(nil, 8, kindBlock, record{2, 1, 1})...))
 	f.Add(append(bytes.Clone(good), make([]byte, 40)...))
 	f.Add(stateHeader{size: maxBlobSize}.encode())
 	f.Add([]byte(stateMagic))
@@ -92,7 +92,7 @@ func FuzzStateRecords(f *testing.F) {
 		f.Fatal(err)
 	}
 	raw := func(kind byte, block uint32, p []byte) []byte {
-		return encodeRecord(0, kind, record{block, uint32(len(p)), crc32.Checksum(p, castagnoli)})[:12]
+		return appendRecord(nil, 0, kind, record{block, uint32(len(p)), crc32.Checksum(p, castagnoli)})[:12]
 	}
 	good := append(raw(kindBlock, 0, p[:blockSize]), raw(kindBlock, 2, p[2*blockSize:2*blockSize+100])...)
 	f.Add(int64(3*blockSize), uint32(1), good)
@@ -139,10 +139,10 @@ func checkState(t *testing.T, p []byte, data *os.File) {
 		if r.block != b || r.length == 0 || int64(b)*blockSize+int64(r.length) > log.size {
 			t.Fatalf("block %+v of a blob of %d bytes", r, log.size)
 		}
-		again = append(again, encodeRecord(log.generation, kindBlock, r)...)
+		again = append(again, appendRecord(nil, log.generation, kindBlock, r)...)
 	}
 	if log.complete {
-		again = append(again, encodeRecord(log.generation, kindComplete, record{})...)
+		again = append(again, appendRecord(nil, log.generation, kindComplete, record{})...)
 	}
 	if log2, err := readState(bytes.NewReader(again)); err != nil || !reflect.DeepEqual(log, log2) {
 		t.Fatalf("written again: %+v, %v, was %+v", log2, err, log)

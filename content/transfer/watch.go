@@ -176,7 +176,7 @@ func (j *job) overtake() bool {
 		}
 		left := float64(s.end - s.off)
 		saves := time.Duration(min(left/max(speed, 1)-left/best, 3600) * float64(time.Second))
-		at := max(blockEnd(s.off), blockEnd(s.off+int64(left*speed/(speed+best))))
+		at := max(blockEnd(s.off), blockEnd(s.held-1), blockEnd(s.off+int64(left*speed/(speed+best))))
 		if saves-latency > longest && at < s.end {
 			slowest, split, longest = c, at, saves-latency
 		}
