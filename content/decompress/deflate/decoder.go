@@ -7,11 +7,11 @@ import (
 	"sync"
 )
 
-// verdict is how a decoder's run ended.
-type verdict uint8
+// outcome is how a decoder's run ended.
+type outcome uint8
 
 const (
-	going    verdict = iota
+	going    outcome = iota
 	finished         // chunk.end is set
 	pausing          // no slab is to be had
 	failed           // a guess that led nowhere
@@ -64,8 +64,8 @@ func (e *engine) putDecoder(c *chunk) {
 	decoders.Put(d)
 }
 
-// run decodes until there is a verdict.
-func (d *decoder) run() verdict {
+// run decodes until there is an outcome.
+func (d *decoder) run() outcome {
 	if !d.started {
 		if v := d.open(); v != going {
 			return v
@@ -89,7 +89,7 @@ func (d *decoder) run() verdict {
 }
 
 // open goes to where the chunk begins, and looks for it in a guess.
-func (d *decoder) open() verdict {
+func (d *decoder) open() outcome {
 	c := d.c
 	d.start(c.seg)
 	c.e.loaded(c.seg)
@@ -110,7 +110,7 @@ func (d *decoder) open() verdict {
 }
 
 // search looks for the begin of a guess.
-func (d *decoder) search() verdict {
+func (d *decoder) search() outcome {
 	c := d.c
 	if c.e.begun(c) {
 		return going
@@ -144,7 +144,7 @@ func (d *decoder) trust() {
 
 // fail ends the stream with err, after all that was decoded before, or gives up
 // a guess.
-func (d *decoder) fail(err error) verdict {
+func (d *decoder) fail(err error) outcome {
 	if !d.sure {
 		return failed
 	}
@@ -152,21 +152,21 @@ func (d *decoder) fail(err error) verdict {
 }
 
 // last ends the stream: io.EOF if all is well.
-func (d *decoder) last(err error) verdict {
+func (d *decoder) last(err error) outcome {
 	d.out.flush()
 	d.c.e.endStream(d.c, err)
 	return finished
 }
 
 // arrive ends the chunk at a boundary.
-func (d *decoder) arrive(at mark) verdict {
+func (d *decoder) arrive(at mark) outcome {
 	d.out.flush()
 	d.out.handOver(at)
 	return finished
 }
 
 // step decodes what stands next.
-func (d *decoder) step() (verdict, error) {
+func (d *decoder) step() (outcome, error) {
 	switch d.phase {
 	case atHeader:
 		return d.beginMember()
@@ -185,7 +185,7 @@ func (d *decoder) step() (verdict, error) {
 }
 
 // between decides at a boundary whether the chunk ends there.
-func (d *decoder) between(at mark) (verdict, error) {
+func (d *decoder) between(at mark) (outcome, error) {
 	if d.stop < 0 || at.bit < d.stop {
 		return going, nil
 	}
@@ -201,7 +201,7 @@ func (d *decoder) between(at mark) (verdict, error) {
 }
 
 // beginMember reads a header, or finds the end of the stream.
-func (d *decoder) beginMember() (verdict, error) {
+func (d *decoder) beginMember() (outcome, error) {
 	if first := d.base+int64(d.pos) == 0; !first {
 		yes, padded, err := d.another()
 		switch {
@@ -228,7 +228,7 @@ func (d *decoder) beginMember() (verdict, error) {
 }
 
 // blocks decodes up to the next reason to stop.
-func (d *decoder) blocks() (verdict, error) {
+func (d *decoder) blocks() (outcome, error) {
 	if !d.out.room() {
 		return pausing, nil
 	}
@@ -275,7 +275,7 @@ func (d *decoder) feedMore() error {
 	return nil
 }
 
-func (d *decoder) atBlock() (verdict, error) {
+func (d *decoder) atBlock() (outcome, error) {
 	at, ok := canonical(d.in, d.inf.bit())
 	if !ok && !d.eof {
 		return going, d.feedMore() // and then here again

@@ -49,8 +49,11 @@ func newEngine(src source, opts []Option) *engine {
 }
 
 // chunkSize is how many compressed bytes the next segment gets: fewer if the
-// stream expands a lot.
+// stream expands a lot, or not at all: what is only copied should stay in the cache.
 func (e *engine) chunkSize() int {
+	if e.ratio <= 1 {
+		return max(e.cfg.chunk/2, e.cfg.least)
+	}
 	return max(min(e.cfg.chunk, chunkOutput/max(e.ratio, 1)&^4095), e.cfg.least)
 }
 
@@ -183,7 +186,7 @@ func (e *engine) decode(c *chunk) {
 }
 
 // settle takes note of what became of a chunk that ran. e.mu is held.
-func (e *engine) settle(c *chunk, v verdict) {
+func (e *engine) settle(c *chunk, v outcome) {
 	c.stage = paused
 	switch {
 	case c.dead:

@@ -14,7 +14,7 @@ import (
 // gunzip is gzip(1). A warning (exit status 2) is no failure.
 func gunzip(t testing.TB, in []byte) (out []byte, ok bool) {
 	t.Helper()
-	cmd := exec.Command("gzip", "-dc")
+	cmd := exec.CommandContext(t.Context(), "gzip", "-dc")
 	cmd.Stdin = bytes.NewReader(in)
 	out, err := cmd.Output()
 	var exit *exec.ExitError

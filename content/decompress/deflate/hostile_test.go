@@ -149,8 +149,8 @@ func TestGuessesAreChecked(t *testing.T) {
 	}
 }
 
-// mutate damages in at a few places.
-func mutate(r *rand.Rand, in []byte) []byte {
+// mutateGzip damages in at a few places.
+func mutateGzip(r *rand.Rand, in []byte) []byte {
 	in = bytes.Clone(in)
 	for range 1 + r.IntN(3) {
 		if len(in) == 0 {
@@ -174,7 +174,7 @@ func mutate(r *rand.Rand, in []byte) []byte {
 	return in
 }
 
-func TestMutated(t *testing.T) {
+func TestMutatedMembers(t *testing.T) {
 	t.Parallel()
 	rounds := uint64(60)
 	if testing.Short() {
@@ -186,6 +186,6 @@ func TestMutated(t *testing.T) {
 		if seed%2 == 0 {
 			in = join(in, tiny(t, prose(60_000), 1+r.IntN(5000)), mixed(t, r, blend(r, 100_000)))
 		}
-		likeGzip(t, mutate(r, in))
+		likeGzip(t, mutateGzip(r, in))
 	}
 }

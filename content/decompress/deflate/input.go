@@ -188,9 +188,9 @@ func (f *feed) more(keep int) (drop int, err error) {
 		}
 	}
 	if end == f.seg.end() {
-		if f.seg.err != nil {
+		if f.seg.err != nil { // kept in f.err
 			f.finish()
-			return int(f.base - old), nil
+			return int(f.base - old), nil //nolint:nilerr // see above
 		}
 		rest := f.in[at-f.base:]
 		f.joint = append(f.joint[:0], rest...)

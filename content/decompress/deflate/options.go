@@ -25,7 +25,7 @@ const (
 // Sizes with one worker: all of it stays in a core's cache.
 const (
 	serialChunk = 128 << 10 // compressed bytes
-	serialSlab  = 256 << 10 // bytes
+	serialSlab  = 512 << 10 // bytes
 	serialCount = 3
 )
 

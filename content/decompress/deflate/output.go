@@ -98,11 +98,12 @@ func (o *output) flush() {
 	p := o.cur
 	o.cur = piece{}
 	p.slab, p.lo, p.hi, p.marked = o.slab, o.from, o.n, o.marked
-	if o.slab == nil {
+	switch {
+	case o.slab == nil:
 		p.lo, p.hi, p.marked = 0, 0, false
-	} else if o.marked {
+	case o.marked:
 		o.syms = append(o.syms[:0], o.slab.u[max(0, o.n-windowSize):o.n]...)
-	} else {
+	default:
 		o.carry.set(o.slab.b[o.base:o.n])
 		if p.ends {
 			p.tail = o.part

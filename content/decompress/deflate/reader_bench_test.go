@@ -20,8 +20,8 @@ import (
 	kgzip "github.com/klauspost/compress/gzip"
 )
 
-// goTar is a tar of the Go distribution, up to limit bytes.
-func goTar(t testing.TB, limit int) []byte {
+// goTarball is a tar of the Go distribution, up to limit bytes.
+func goTarball(t testing.TB, limit int) []byte {
 	t.Helper()
 	var b bytes.Buffer
 	w := tar.NewWriter(&b)
@@ -54,7 +54,7 @@ func goTar(t testing.TB, limit int) []byte {
 // gzipTool compresses with gzip(1).
 func gzipTool(t testing.TB, data []byte, level int) []byte {
 	t.Helper()
-	cmd := exec.Command("gzip", fmt.Sprintf("-%d", level), "-c")
+	cmd := exec.CommandContext(t.Context(), "gzip", fmt.Sprintf("-%d", level), "-c")
 	cmd.Stdin = bytes.NewReader(data)
 	out, err := cmd.Output()
 	if err != nil {
@@ -103,15 +103,15 @@ var streams = []struct {
 	name string
 	make func(t testing.TB) []byte
 }{
-	{"go", func(t testing.TB) []byte { return gzipTool(t, goTar(t, 300<<20), 6) }},
+	{"go", func(t testing.TB) []byte { return gzipTool(t, goTarball(t, 300<<20), 6) }},
 	{"stored", func(t testing.TB) []byte { return gzipTool(t, noise(128<<20, false), 6) }},
 	{"jpeg", func(t testing.TB) []byte { return gzipTool(t, noise(128<<20, true), 6) }},
-	{"gz-in-gz", func(t testing.TB) []byte { return gzipTool(t, gzipTool(t, goTar(t, 300<<20), 6), 6) }},
-	{"tiny", func(t testing.TB) []byte { return tiny(t, goTar(t, 64<<20), 2000) }},
+	{"gz-in-gz", func(t testing.TB) []byte { return gzipTool(t, gzipTool(t, goTarball(t, 300<<20), 6), 6) }},
+	{"tiny", func(t testing.TB) []byte { return tiny(t, goTarball(t, 64<<20), 2000) }},
 	{"zeros", func(t testing.TB) []byte { return gzipTool(t, make([]byte, 512<<20), 6) }},
 	{"text", func(t testing.TB) []byte { return gzipTool(t, prose(128<<20), 6) }},
 	{"one-GB", func(t testing.TB) []byte {
-		data := goTar(t, 260<<20)
+		data := goTarball(t, 260<<20)
 		data = append(data, prose(100<<20)...)
 		data = append(data, noise(100<<20, false)...)
 		return gzipTool(t, append(data, data...), 6)
@@ -135,16 +135,16 @@ func benchReader(b *testing.B, in []byte, procs int) {
 	var size int64
 	b.ResetTimer()
 	for b.Loop() {
-		begin, cpu := time.Now(), cpuTime()
+		begin, cpu := time.Now(), processTime()
 		size = readKlauspost(b, in)
 		theirs += time.Since(begin)
-		theirsCPU += cpuTime() - cpu
-		begin, cpu = time.Now(), cpuTime()
+		theirsCPU += processTime() - cpu
+		begin, cpu = time.Now(), processTime()
 		if n := readOurs(b, in); n != size {
 			b.Fatalf("%d bytes, want %d", n, size)
 		}
 		ours += time.Since(begin)
-		oursCPU += cpuTime() - cpu
+		oursCPU += processTime() - cpu
 	}
 	rate := func(d time.Duration) float64 { return float64(size) * float64(b.N) / 1e6 / d.Seconds() }
 	b.ReportMetric(rate(ours), "MB/s")
@@ -154,9 +154,9 @@ func benchReader(b *testing.B, in []byte, procs int) {
 	b.ReportMetric(0, "ns/op")
 }
 
-// cpuTime is what the process has used. Its ratio is telling on a machine that
+// processTime is what the process has used. Its ratio is telling on a machine that
 // does other things too.
-func cpuTime() time.Duration {
+func processTime() time.Duration {
 	var u syscall.Rusage
 	if err := syscall.Getrusage(syscall.RUSAGE_SELF, &u); err != nil {
 		return 0
