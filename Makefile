@@ -16,6 +16,7 @@ export GANTRY_CACHE := $(CACHE)
 
 PEER_NAMES := containerd ctr containerd-shim-runc-v2 runc registry
 PEER_BINS := $(addprefix $(PEERS)/,$(PEER_NAMES))
+EROFS_BINS := $(addprefix $(PEERS)/,mkfs.erofs fsck.erofs dump.erofs)
 LINTER := $(PEERS)/golangci-lint
 
 .PHONY: help
@@ -46,8 +47,15 @@ lint: $(LINTER) ## run golangci-lint
 	$(LINTER) run ./...
 
 .PHONY: bench
-bench: build peers ## pull times beside containerd's overlayfs as shipped, and memory (ROUNDS=5 ONLY=pull,wide,memory GB=10)
-	go run ./integration/bench -rounds $(or $(ROUNDS),5) -only $(or $(ONLY),pull,wide,memory) -gb $(or $(GB),10)
+bench: build peers bench-prerequisites ## pulls beside containerd's and skopeo's, deflate, stages, memory (ROUNDS=5 GB=10 KINDS=gantry,skopeo ONLY=pull,wide,large,small,tail,deflate,stages,memory; all of it takes half an hour)
+	go run ./integration/bench -rounds $(or $(ROUNDS),5) -gb $(or $(GB),10) $(if $(ONLY),-only $(ONLY)) $(if $(KINDS),-kinds $(KINDS))
+
+# Installed when missing and we may. The bench goes on without them, and says what it did not measure. mkfs.erofs is `make erofs-utils`'s.
+.PHONY: bench-prerequisites
+bench-prerequisites: ## install what the bench needs from Debian (skopeo, linux-perf)
+	@if ! { command -v skopeo && command -v perf; } >/dev/null && [ "$$(id -u)" = 0 ]; then \
+		{ apt-get update -q && apt-get install -qy --no-install-recommends skopeo linux-perf; } || echo "skopeo or linux-perf is missing" >&2; \
+	fi
 
 .PHONY: install
 install: build ## install both programs under PREFIX (default /usr/local)
@@ -76,10 +84,17 @@ $(LINTER): integration/lint/go.mod
 	@cd integration/lint && CGO_ENABLED=0 go build -trimpath -ldflags '-s -w' -o $@ github.com/golangci/golangci-lint/v2/cmd/golangci-lint
 	@touch $@
 
+.PHONY: erofs-utils
+erofs-utils: $(EROFS_BINS) ## put mkfs.erofs and fsck.erofs 1.7 or later beside the peers (root)
+
+$(EROFS_BINS) &: integration/tools/erofs-utils.sh
+	@integration/tools/erofs-utils.sh $(CACHE)/tools $(PEERS)
+	@touch -h $(EROFS_BINS)
+
 # debootstrap makes the Debian test image, mkfs.xfs a file system that shares blocks. Installed when missing and we may;
 # the tests themselves fail without them.
 .PHONY: prerequisites
-prerequisites: ## install what the tests need from Debian (debootstrap, xfsprogs)
+prerequisites: erofs-utils ## install what the tests need from Debian (debootstrap, xfsprogs; erofs-utils into .cache)
 	@if ! { command -v debootstrap && command -v mkfs.xfs; } >/dev/null && [ "$$(id -u)" = 0 ]; then \
 		apt-get update -q && apt-get install -qy --no-install-recommends debootstrap xfsprogs; \
 	fi

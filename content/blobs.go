@@ -30,6 +30,10 @@ type blob struct {
 	visible bool
 	// durable: the folder was synced after the file came into it.
 	durable bool
+	// discarded: there is a record in place of the file.
+	discarded bool
+	// stale: there is a record beside the file, to be removed when the file's name is durable.
+	stale bool
 	// holders are the ingests that may yet commit it.
 	holders map[*ingest]struct{}
 }
@@ -223,7 +227,7 @@ func (s *Store) delete(d digest.Digest) error {
 	if held {
 		return nil
 	}
-	if err := removeFile(s.blobPath(d)); err != nil {
+	if err := s.unlink(d, b); err != nil {
 		s.mu.Lock()
 		b.visible = true
 		s.blobs[d] = b
@@ -233,17 +237,26 @@ func (s *Store) delete(d digest.Digest) error {
 	return nil
 }
 
-// ReaderAt opens a committed blob. A reader outlives a Delete.
-func (s *Store) ReaderAt(_ context.Context, desc ocispec.Descriptor) (ccontent.ReaderAt, error) {
+// ReaderAt opens a committed blob. A reader outlives a Delete. The bytes of a
+// discarded blob are fetched again as they are read, for as long as ctx lasts.
+func (s *Store) ReaderAt(ctx context.Context, desc ocispec.Descriptor) (ccontent.ReaderAt, error) {
 	s.mu.Lock()
 	_, err := s.shown(desc.Digest)
 	s.mu.Unlock()
 	if err != nil {
 		return nil, err
 	}
-	f, err := os.Open(s.blobPath(desc.Digest))
+	return s.open(ctx, desc.Digest)
+}
+
+// open opens a blob that is in blobs/ or has a record, visible or not.
+func (s *Store) open(ctx context.Context, d digest.Digest) (ccontent.ReaderAt, error) {
+	if s.Discarded(d) {
+		return s.openDiscarded(ctx, d)
+	}
+	f, err := os.Open(s.blobPath(d))
 	if errors.Is(err, os.ErrNotExist) {
-		return nil, fmt.Errorf("content %s: its file was removed, pull again: %w", desc.Digest, errdefs.ErrNotFound)
+		return nil, fmt.Errorf("content %s: its file was removed, pull again: %w", d, errdefs.ErrNotFound)
 	}
 	if err != nil {
 		return nil, err
@@ -285,16 +298,21 @@ func (s *Store) hold(ing *ingest, d digest.Digest) (held bool, err error) {
 }
 
 // place moves path into blobs/, hidden and held by ing. The caller has synced
-// the file and has yet to call settleFolder.
-func (s *Store) place(ing *ingest, d digest.Digest, path string, size int64) error {
+// the file and has yet to call settleFolder. discarded: path is the blob's record
+// and goes where records are. A record gives way to a file.
+func (s *Store) place(ing *ingest, d digest.Digest, path string, size int64, discarded bool) error {
 	target := s.blobPath(d)
+	if discarded {
+		target = s.recordPath(d)
+	}
 	if err := s.algorithmFolder(filepath.Dir(target)); err != nil {
 		return err
 	}
 	s.files.Lock()
 	defer s.files.Unlock()
 	s.mu.Lock()
-	dead, there := ing.dead, s.blobs[d] != nil
+	b := s.blobs[d]
+	dead, there := ing.dead, b != nil && (discarded || !b.discarded)
 	s.mu.Unlock()
 	if dead {
 		return ing.aborted()
@@ -306,7 +324,7 @@ func (s *Store) place(ing *ingest, d digest.Digest, path string, size int64) err
 	if err := change(); err != nil {
 		return err
 	}
-	if s.record(ing, d, size) {
+	if s.record(ing, d, size, discarded) {
 		return nil
 	}
 	// Aborted meanwhile: record did nothing, so the file is nobody's unless it
@@ -319,7 +337,7 @@ func (s *Store) place(ing *ingest, d digest.Digest, path string, size int64) err
 
 // record enters a file that has just come into blobs/. It reports whether ing
 // is still alive. The caller holds files.
-func (s *Store) record(ing *ingest, d digest.Digest, size int64) bool {
+func (s *Store) record(ing *ingest, d digest.Digest, size int64, discarded bool) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if ing.dead {
@@ -328,8 +346,11 @@ func (s *Store) record(ing *ingest, d digest.Digest, size int64) bool {
 	b := s.blobs[d]
 	if b == nil {
 		now := time.Now()
-		b = &blob{size: size, created: now, updated: now, holders: map[*ingest]struct{}{}}
+		b = &blob{size: size, created: now, updated: now, discarded: discarded, holders: map[*ingest]struct{}{}}
 		s.blobs[d] = b
+	}
+	if !discarded {
+		b.returned()
 	}
 	b.holders[ing] = struct{}{}
 	ing.staged, ing.offset = d, size
@@ -359,17 +380,18 @@ func (s *Store) settleFolder(d digest.Digest) error {
 	s.mu.Lock()
 	b := s.blobs[d]
 	done := b == nil || b.durable
+	path := s.blobPath(d)
+	if !done && b.discarded {
+		path = s.recordPath(d)
+	}
 	s.mu.Unlock()
 	if done {
 		return nil
 	}
-	if err := s.syncFolder(filepath.Dir(s.blobPath(d))); err != nil {
+	if err := s.syncFolder(filepath.Dir(path)); err != nil {
 		return err
 	}
-	s.mu.Lock()
-	b.durable = true
-	s.mu.Unlock()
-	return nil
+	return s.settled(d, b, path == s.recordPath(d))
 }
 
 // release ends ing's hold. A hidden blob that nobody holds is unlinked. staged
@@ -391,7 +413,7 @@ func (s *Store) release(ing *ingest) error {
 	}
 	s.mu.Unlock()
 	if unlink {
-		return removeFile(s.blobPath(d))
+		return s.unlink(d, b)
 	}
 	return nil
 }

@@ -49,9 +49,11 @@ func (s *Session) stage(d digest.Digest) error {
 		return err
 	}
 	size := s.ing.offset
-	held, err := s.store.hold(s.ing, d)
-	if err != nil {
-		return err
+	held := false
+	if !s.store.Discarded(d) { // what a client has written is kept
+		if held, err = s.store.hold(s.ing, d); err != nil {
+			return err
+		}
 	}
 	if !held {
 		if err := errors.Join(s.store.syncFile(f), f.Chmod(0o444)); err != nil {
@@ -64,7 +66,7 @@ func (s *Session) stage(d digest.Digest) error {
 	if held {
 		err = removeFile(s.ing.path(dataFile))
 	} else {
-		err = s.store.place(s.ing, d, s.ing.path(dataFile), size)
+		err = s.store.place(s.ing, d, s.ing.path(dataFile), size, false)
 	}
 	if err != nil {
 		return fmt.Errorf("blob %s: %w", d, err)

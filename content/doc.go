@@ -8,6 +8,7 @@
 //
 //	blobs/<algorithm>/<hex>   complete, verified, immutable
 //	ingest/<sha256 of ref>/   ref, data, startedat, updatedat, total: what a client writes
+//	discarded/<algorithm>/<hex>  what is left of a blob whose bytes are not kept (record.go)
 //
 // The name of an ingest's folder is a hash, so no ref leads out of the root.
 // One process owns a root; transfers may be shared, blobs/ never.
@@ -44,6 +45,17 @@
 // Whoever's bytes they are, every ingest is hashed from its first to its last one;
 // after a mismatch nobody salvages what may have caused it.
 //
+// # Discarded blobs
+//
+// A transfer may give its bytes up as they are unpacked. Then what is placed, held,
+// shown and deleted is a record and not a file in blobs/: size, where the bytes came
+// from and a SHA-256 of each chunk. Info, Walk, Commit and Delete make no difference.
+// A read transfers the blob again (refetch.go), and hands out nothing that the record
+// does not vouch for; a client that writes the blob itself, and Restore, put a file
+// in the record's place. The record goes when the file's name is durable; where a
+// crash leaves both, the file counts. Records work whether or not more blobs are
+// being discarded.
+//
 // # Labels
 //
 // containerd's metadata store keeps the labels of blobs. The ones given to
@@ -54,6 +66,7 @@
 // Store.mu guards the two maps and is never held during I/O, a callback or a
 // call to Fetcher, Transfer or Observer. Store.files serialises renames into
 // and unlinks from blobs/, and is taken before mu. Session.mu comes before
-// both. A follower waits with its own Session.mu alone. No goroutine is started by
-// this package.
+// both. A follower waits with its own Session.mu alone. refetches.mu, held while a
+// Refetcher is asked, comes before Store.mu. No goroutine is started by this package,
+// but a timer lets go of blobs that were brought back.
 package content

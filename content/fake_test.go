@@ -24,6 +24,8 @@ type fakeTransfer struct {
 	// cloneErr is what CloneTo says when it has written, and that lost bytes of it do not count.
 	cloneErr error
 	lost     int64
+	// record is what is left of a blob whose bytes were given up.
+	record *Record
 
 	mu       sync.Mutex
 	frontier int64
@@ -94,6 +96,8 @@ func (f *fakeTransfer) CloneTo(_ context.Context, dst *os.File, off int64) (int6
 	}
 	return int64(n), err
 }
+
+func (f *fakeTransfer) Record() *Record { return f.record }
 
 func (f *fakeTransfer) Close() error { f.mu.Lock(); f.closed++; f.mu.Unlock(); return nil }
 

@@ -115,13 +115,13 @@ func (n *node) survives(ctx context.Context, promised []string) error {
 		{"what is left", n.clean},
 	} {
 		if err := step.do(ctx); err != nil {
-			return errors.Join(fmt.Errorf("%s: %w", step.what, err), n.transfers.Close())
+			return errors.Join(fmt.Errorf("%s: %w", step.what, err), n.store.Close(), n.transfers.Close())
 		}
 	}
 	return nil
 }
 
-// truthful: what lies in blobs/ is shown, and is what its name says.
+// truthful: what lies in blobs/, or was discarded, is shown, and is what its name says.
 func (n *node) truthful(ctx context.Context) error {
 	shown := 0
 	err := n.store.Walk(ctx, func(info ccontent.Info) error {
@@ -136,15 +136,16 @@ func (n *node) truthful(ctx context.Context) error {
 		return nil
 	})
 	files := 0
-	return errors.Join(err, filepath.WalkDir(filepath.Join(n.contentRoot(), "blobs"), func(path string, d fs.DirEntry, err error) error {
-		if err == nil && !d.IsDir() {
-			files++
-		}
-		if path == filepath.Join(n.contentRoot(), "blobs") && err == nil {
-			return nil
-		}
-		return err
-	}), equal("files in blobs/ beside those shown", files, shown))
+	errs := []error{err}
+	for _, folder := range []string{"blobs", "discarded"} { // what is in both was found at the start
+		errs = append(errs, filepath.WalkDir(filepath.Join(n.contentRoot(), folder), func(_ string, d fs.DirEntry, err error) error {
+			if err == nil && !d.IsDir() {
+				files++
+			}
+			return err
+		}))
+	}
+	return errors.Join(append(errs, equal("files and records beside what is shown", files, shown))...)
 }
 
 func equal(what string, got, want int) error {
@@ -250,7 +251,7 @@ func (n *node) clean(ctx context.Context) error {
 	for _, d := range shown {
 		errs = append(errs, n.store.Delete(ctx, d))
 	}
-	errs = append(errs, n.transfers.Close())
+	errs = append(errs, n.store.Close(), n.transfers.Close())
 	if err := errors.Join(append(errs, n.start(time.Nanosecond))...); err != nil {
 		return err
 	}

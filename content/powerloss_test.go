@@ -33,6 +33,7 @@ type pulled struct {
 	ref      string
 	declared int64 // 0: the client states no size
 	hosted   bool  // a transfer can bring it
+	discard  bool  // the transfer does not keep its bytes
 	faulty   bool  // its host once sends wrong bytes: what is there after that may have to be fetched again
 }
 
@@ -64,6 +65,8 @@ func thePulled() map[string]*pulled {
 	add("lied", 300_001, digest.SHA256, pulled{hosted: true, faulty: true})
 	add("left", 600_001, digest.SHA256, pulled{hosted: true})
 	add("half", 200_001, digest.SHA256, pulled{})
+	add("discarded", 1_300_001, digest.SHA256, pulled{hosted: true, discard: true})
+	add("returned", 400_001, digest.SHA256, pulled{hosted: true, discard: true})
 	return all
 }
 
@@ -151,7 +154,7 @@ func (n *node) start(keep time.Duration) (err error) {
 	if n.transfers, err = transfer.New(n.transferRoot(), transfer.Options{KeepPartial: keep, Grace: time.Nanosecond}); err != nil {
 		return err
 	}
-	n.store, err = content.NewStore(n.contentRoot(), content.Options{Fetcher: n})
+	n.store, err = content.NewStore(n.contentRoot(), content.Options{Fetcher: n, Refetcher: n})
 	return err
 }
 
@@ -161,7 +164,14 @@ func (n *node) Fetch(ctx context.Context, req content.FetchRequest) (content.Tra
 	if h == nil {
 		return nil, fmt.Errorf("no host: %w", errdefs.ErrNotFound)
 	}
-	return n.transfers.Join(ctx, "", transfer.Blob{Digest: req.Digest, Size: req.Size}, h)
+	b := transfer.Blob{Digest: req.Digest, Size: req.Size}
+	for _, p := range n.blobs {
+		if p.digest == req.Digest && p.discard {
+			d, err := n.transfers.JoinDiscarding(ctx, "", b, h)
+			return &discardingTransfer{Handle: d}, err
+		}
+	}
+	return n.transfers.Join(ctx, "", b, h)
 }
 
 // pull is a client that wants a blob: it fetches what is missing after the STAT that may wait, and commits.
@@ -217,11 +227,13 @@ func (n *node) steps() map[string]func(context.Context) error {
 		return func(ctx context.Context) error { return n.pull(ctx, n.blobs[name]) }
 	}
 	return map[string]func(context.Context) error{
-		"taken":    simple("taken"),
-		"written":  simple("written"),
-		"import":   simple("import"),
-		"strong":   simple("strong"),
-		"stronger": simple("stronger"),
+		"taken":     simple("taken"),
+		"written":   simple("written"),
+		"import":    simple("import"),
+		"strong":    simple("strong"),
+		"stronger":  simple("stronger"),
+		"discarded": simple("discarded"),
+		"returned":  func(ctx context.Context) error { return n.returns(ctx, n.blobs["returned"]) },
 		"broken": func(ctx context.Context) error {
 			n.hosts[n.blobs["broken"].digest].limit = 560_000 // the client goes on
 			return n.pull(ctx, n.blobs["broken"])
@@ -278,13 +290,13 @@ func (n *node) work(ctx context.Context, atOnce bool) error {
 	for _, name := range slices.Sorted(maps.Keys(steps)) {
 		g.Go(func() error { return steps[name](gctx) })
 	}
-	if err := errors.Join(g.Wait(), n.transfers.Close()); err != nil {
+	if err := errors.Join(g.Wait(), n.store.Close(), n.transfers.Close()); err != nil {
 		return err
 	}
 	if err := n.start(time.Nanosecond); err != nil {
 		return err
 	}
-	paused, taken, broken := n.blobs["paused"], n.blobs["taken"], n.blobs["broken"]
+	paused, taken, broken, discarded := n.blobs["paused"], n.blobs["taken"], n.blobs["broken"], n.blobs["discarded"]
 	n.hosts[paused.digest] = &host{data: paused.data}
 	if err := n.pull(ctx, paused); err != nil {
 		return err
@@ -293,11 +305,15 @@ func (n *node) work(ctx context.Context, atOnce bool) error {
 	if err := errors.Join(n.store.Delete(ctx, taken.digest), n.transfers.Forget(taken.digest)); err != nil {
 		return err
 	}
+	n.mark("gone " + discarded.name)
+	if err := n.store.Delete(ctx, discarded.digest); err != nil {
+		return err
+	}
 	n.hosts[taken.digest] = &host{data: taken.data}
 	if err := errors.Join(n.pull(ctx, taken), n.transfers.Forget(broken.digest)); err != nil {
 		return err
 	}
-	return n.transfers.Close()
+	return errors.Join(n.store.Close(), n.transfers.Close())
 }
 
 // The power fails after every fsync, around every answer and at moments between. Whatever of the rest had reached the

@@ -393,7 +393,7 @@ func (s *Session) startOver() error {
 // unstage gives the ingest a copy of its own of what lies in blobs/, because a
 // blob is immutable and more bytes are to come.
 func (s *Session) unstage(ctx context.Context) error {
-	src, err := os.Open(s.store.blobPath(s.ing.staged))
+	src, err := s.store.open(ctx, s.ing.staged)
 	if err != nil {
 		return err
 	}

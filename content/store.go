@@ -67,6 +67,13 @@ type Transfer interface {
 	Close() error
 }
 
+// Discarding is a Transfer that may give the bytes up as they are used.
+type Discarding interface {
+	// Record is what is left of the blob when Wait has returned nil; nil if the
+	// bytes are there. LinkTo fails where there is a Record.
+	Record() *Record
+}
+
 // Observer is told what happens to blobs. Its methods must not block: containerd
 // may hold its database's lock. None of the Store's locks is held when they are
 // called, so they may use the Store.
@@ -89,6 +96,8 @@ type Observer interface {
 type Options struct {
 	Fetcher  Fetcher
 	Observer Observer
+	// Refetcher brings discarded blobs back. Without one they cannot be read.
+	Refetcher Refetcher
 	// Isolated is containerd's content sharing policy "isolated": a client follows
 	// only clients of its own namespace.
 	Isolated bool
@@ -102,6 +111,7 @@ type Store struct {
 	root     string
 	fetcher  Fetcher
 	observer Observer
+	refetch  refetches
 	isolated bool
 	giveUp   time.Duration
 	onSync   func(path string) // tests see here what is made durable, and when
@@ -127,6 +137,7 @@ func NewStore(root string, o Options) (*Store, error) {
 		root:     root,
 		fetcher:  o.Fetcher,
 		observer: o.Observer,
+		refetch:  refetches{from: o.Refetcher, running: map[digest.Digest]*refetch{}},
 		isolated: o.Isolated,
 		giveUp:   cmp.Or(o.GiveUp, giveUp),
 		blobs:    map[digest.Digest]*blob{},
@@ -135,7 +146,7 @@ func NewStore(root string, o Options) (*Store, error) {
 		leads:    map[leadKey]*lead{},
 		wrote:    map[string]time.Time{},
 	}
-	for _, dir := range []string{filepath.Join(blobFolder, digest.Canonical.String()), ingestFolder} {
+	for _, dir := range []string{filepath.Join(blobFolder, digest.Canonical.String()), ingestFolder, discardedFolder} {
 		if err := os.MkdirAll(filepath.Join(root, dir), 0o755); err != nil {
 			return nil, fmt.Errorf("content store: %w", err)
 		}
@@ -144,6 +155,9 @@ func NewStore(root string, o Options) (*Store, error) {
 		return nil, fmt.Errorf("content store: %w", err)
 	}
 	if err := s.loadBlobs(); err != nil {
+		return nil, fmt.Errorf("content store: %w", err)
+	}
+	if err := s.loadRecords(); err != nil {
 		return nil, fmt.Errorf("content store: %w", err)
 	}
 	if err := s.loadIngests(); err != nil {
@@ -205,3 +219,7 @@ func writeTime(path string, t time.Time) error {
 	}
 	return os.WriteFile(path, text, 0o644)
 }
+
+// Close lets go of the blobs that were brought back to be read. Readers go on until
+// they are closed.
+func (s *Store) Close() error { return s.refetch.close() }

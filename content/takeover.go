@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"path/filepath"
 
 	"github.com/containerd/errdefs"
 	"github.com/containerd/log"
@@ -123,8 +124,12 @@ func (s *Session) mayGoOn(ctx context.Context, err error) error {
 	return nil
 }
 
-// claim makes the finished transfer's file the staged blob of this ingest.
+// claim makes the finished transfer's file the staged blob of this ingest, or its
+// record where the transfer has given up the bytes.
 func (s *Session) claim(t Transfer) error {
+	if d, ok := t.(Discarding); ok && d.Record() != nil {
+		return s.claimRecord(d.Record())
+	}
 	path := s.ing.path(claimedFile)
 	if err := removeFile(path); err != nil {
 		return err
@@ -137,11 +142,32 @@ func (s *Session) claim(t Transfer) error {
 		err = fmt.Errorf("the transfer of %s has %d bytes, not %d: %w", s.named, fi.Size(), s.declared, errdefs.ErrDataLoss)
 	}
 	if err == nil {
-		err = s.store.place(s.ing, s.named, path, s.declared)
+		err = s.store.place(s.ing, s.named, path, s.declared, false)
 	}
 	if err != nil {
 		return errors.Join(err, removeFile(path))
 	}
+	return s.claimed()
+}
+
+func (s *Session) claimRecord(r *Record) error {
+	if r.Digest != s.named || r.Size != s.declared {
+		return fmt.Errorf("the transfer of %s left a record of %s with %d bytes: %w", s.named, r.Digest, r.Size, errdefs.ErrDataLoss)
+	}
+	if err := s.store.algorithmFolder(filepath.Dir(s.store.recordPath(s.named))); err != nil {
+		return err
+	}
+	path, err := s.store.stageRecord(r)
+	if err != nil {
+		return err
+	}
+	if err := s.store.place(s.ing, s.named, path, s.declared, true); err != nil {
+		return errors.Join(err, removeFile(path))
+	}
+	return s.claimed()
+}
+
+func (s *Session) claimed() error {
 	if err := s.adopted(); err != nil {
 		return err
 	}

@@ -10,6 +10,7 @@ import (
 	"github.com/containerd/containerd/v2/plugins"
 	cplugin "github.com/containerd/plugin"
 
+	"github.com/gantryd/gantry/content"
 	"github.com/gantryd/gantry/content/transfer"
 	"github.com/gantryd/gantry/plugin/config"
 	"github.com/gantryd/gantry/plugin/pull"
@@ -24,6 +25,7 @@ type reporter struct {
 	transfers *transfers
 	puller    *pull.Puller
 	snapshots *snapshotter.Snapshotter
+	store     discarded
 }
 
 var _ status.Server = (*reporter)(nil)
@@ -40,6 +42,9 @@ func newReporter(ic *cplugin.InitContext) (*reporter, error) {
 	if r.snapshots, err = part[*snapshotter.Snapshotter](ic, plugins.SnapshotPlugin); err != nil {
 		return nil, err
 	}
+	if r.store, err = part[*content.Store](ic, plugins.ContentPlugin); err != nil {
+		return nil, err
+	}
 	return r, nil
 }
 
@@ -53,6 +58,10 @@ func (r *reporter) Get(context.Context) (*status.Report, error) {
 	}
 	for _, t := range r.transfers.list() {
 		report.Transfers = append(report.Transfers, reportTransfer(t))
+	}
+	for _, b := range r.store.DiscardedBlobs() {
+		report.Discarded.Blobs++
+		report.Discarded.Size += b.Size
 	}
 	slices.SortStableFunc(report.Transfers, func(a, b status.Transfer) int {
 		return cmp.Or(a.Started.Compare(b.Started), cmp.Compare(a.Digest, b.Digest))

@@ -23,6 +23,7 @@ import (
 	"github.com/gantryd/gantry/plugin/config"
 	"github.com/gantryd/gantry/plugin/contentservice"
 	"github.com/gantryd/gantry/plugin/pull"
+	"github.com/gantryd/gantry/plugin/restore"
 	"github.com/gantryd/gantry/plugin/setup"
 	"github.com/gantryd/gantry/plugin/status"
 	"github.com/gantryd/gantry/snapshotter"
@@ -64,8 +65,9 @@ func registrations() cplugin.Registry {
 		{Type: plugins.GRPCPlugin, ID: "content", InitFn: serveContent, Requires: []cplugin.Type{plugins.ContentPlugin}},
 		{Type: plugins.GRPCPlugin, ID: "snapshots", InitFn: serveSnapshots, Requires: []cplugin.Type{plugins.SnapshotPlugin}},
 		{Type: plugins.GRPCPlugin, ID: "diff", InitFn: serveDiff, Requires: []cplugin.Type{plugins.DiffPlugin}},
+		{Type: plugins.GRPCPlugin, ID: "restore", InitFn: serveRestore, Requires: []cplugin.Type{plugins.ContentPlugin}},
 		{Type: plugins.GRPCPlugin, ID: "status", InitFn: serveStatus,
-			Requires: []cplugin.Type{TransferPlugin, PullPlugin, plugins.SnapshotPlugin}},
+			Requires: []cplugin.Type{TransferPlugin, PullPlugin, plugins.ContentPlugin, plugins.SnapshotPlugin}},
 	} {
 		all = all.Register(&r)
 	}
@@ -131,7 +133,7 @@ func newPull(
 ) (*pull.Puller, error) {
 	return pull.New(pull.Options{
 		Transfers: transfers, Registry: sources, Layers: layers, Containerd: client,
-		Isolated: c.Isolated(), Workers: c.UnpackWorkers(),
+		Isolated: c.Isolated(), Discard: c.Content.Retain == config.RetainNone, Workers: c.UnpackWorkers(),
 	})
 }
 
@@ -142,7 +144,7 @@ func initContent(ic *cplugin.InitContext) (any, error) {
 	}
 	c := configOf(ic)
 	store, err := content.NewStore(c.Content.Root, content.Options{
-		Fetcher: puller, Observer: puller,
+		Fetcher: puller, Observer: puller, Refetcher: puller,
 		Isolated: c.Isolated(), GiveUp: c.Transfer.GiveUp,
 	})
 	if err != nil {
@@ -207,6 +209,14 @@ func serveDiff(ic *cplugin.InitContext) (any, error) {
 		return nil, err
 	}
 	return service(func(s *grpc.Server) { diffapi.RegisterDiffServer(s, diffservice.FromApplierAndComparer(d, d)) }), nil
+}
+
+func serveRestore(ic *cplugin.InitContext) (any, error) {
+	store, err := part[*content.Store](ic, plugins.ContentPlugin)
+	if err != nil {
+		return nil, err
+	}
+	return service(func(s *grpc.Server) { restore.Register(s, restorer{store}) }), nil
 }
 
 func serveStatus(ic *cplugin.InitContext) (any, error) {

@@ -7,6 +7,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"time"
 
 	"github.com/containerd/containerd/v2/core/mount"
 	"github.com/containerd/containerd/v2/core/snapshots"
@@ -29,6 +30,7 @@ import (
 // The index is written here where it does not depend on a parent that only
 // Commit will name; Adopt never waits for another layer to be unpacked.
 func (s *Snapshotter) Adopt(ctx context.Context, mounts []mount.Mount, diffID digest.Digest) error {
+	start := time.Now()
 	id, ok := s.ownID(mounts)
 	if !ok {
 		return fmt.Errorf("mounts of another snapshotter: %w", errdefs.ErrNotFound)
@@ -66,7 +68,14 @@ func (s *Snapshotter) Adopt(ctx context.Context, mounts []mount.Mount, diffID di
 	if err != nil {
 		return fmt.Errorf("snapshot %s: adopt layer %s: %w", id, diffID, final(err))
 	}
+	s.adopted(id, diffID, start)
 	return nil
+}
+
+func (s *Snapshotter) adopted(id string, diffID digest.Digest, start time.Time) {
+	if s.observer != nil {
+		s.observer.Adopted(id, diffID, time.Since(start))
+	}
 }
 
 // final keeps a failure from reading as "not adopted, unpack it yourself": the

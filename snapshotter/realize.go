@@ -8,6 +8,7 @@ import (
 	iofs "io/fs"
 	"os"
 	"sync"
+	"time"
 
 	"github.com/containerd/containerd/v2/core/snapshots/storage"
 	"github.com/containerd/errdefs"
@@ -144,6 +145,7 @@ func (s *Snapshotter) ensureIndex(ctx context.Context, id string, parents []stri
 	if !errors.Is(err, iofs.ErrNotExist) {
 		log.G(ctx).WithError(err).WithField("snapshot", id).Warn("snapshotter: index is damaged, writing it again from the layer")
 	}
+	start := time.Now()
 	a, err := s.checkLayer(id)
 	if err != nil {
 		return err
@@ -156,7 +158,11 @@ func (s *Snapshotter) ensureIndex(ctx context.Context, id string, parents []stri
 	if err != nil {
 		return err
 	}
-	return s.writeIndex(s.index(id), id, root, a.size)
+	if err := s.writeIndex(s.index(id), id, root, a.size); err != nil {
+		return err
+	}
+	s.adopted(id, a.diffID, start)
+	return nil
 }
 
 func verifyIndex(name string) error {

@@ -45,6 +45,7 @@ import (
 	"github.com/containerd/containerd/v2/plugins/snapshots/overlay/overlayutils"
 	"github.com/containerd/errdefs"
 	"github.com/containerd/log"
+	digest "github.com/opencontainers/go-digest"
 	bolt "go.etcd.io/bbolt"
 
 	"github.com/gantryd/gantry/snapshotter/layer"
@@ -68,6 +69,11 @@ type Observer interface {
 	// Prepared is called once for each successful Prepare, with the namespace
 	// of the request, the key and the labels. It must not block.
 	Prepared(namespace, key string, labels map[string]string)
+	// Adopted is called when a layer has become the content of a snapshot, with
+	// how long that took: index and mount, or extraction. It is called once more
+	// for a snapshot whose index depended on what its Commit said. It must not
+	// block.
+	Adopted(id string, diffID digest.Digest, took time.Duration)
 }
 
 // Options of a Snapshotter. The zero value is ready to use.

@@ -16,6 +16,7 @@ import (
 	"github.com/containerd/containerd/v2/core/mount"
 	"github.com/containerd/containerd/v2/core/snapshots"
 	"github.com/containerd/errdefs"
+	digest "github.com/opencontainers/go-digest"
 	"golang.org/x/sync/errgroup"
 	"golang.org/x/sys/unix"
 )
@@ -236,6 +237,15 @@ func (r *recorder) Prepared(namespace, key string, labels map[string]string) {
 	r.seen = append(r.seen, fmt.Sprintf("%s %s %v", namespace, key, labels))
 }
 
+func (r *recorder) Adopted(id string, diffID digest.Digest, took time.Duration) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if took <= 0 {
+		r.seen = append(r.seen, "in no time")
+	}
+	r.seen = append(r.seen, fmt.Sprintf("%s adopted %s", id, diffID))
+}
+
 func TestObserver(t *testing.T) {
 	var rec recorder
 	r := newRigIn(t, t.TempDir(), Options{Mount: ModeDirectory, Observer: &rec})
@@ -248,6 +258,37 @@ func TestObserver(t *testing.T) {
 	}
 	if want := []string{"test k map[a:b]"}; !reflect.DeepEqual(rec.seen, want) {
 		t.Errorf("got %q, want %q", rec.seen, want)
+	}
+}
+
+// A snapshot whose index depends on its parent tells once more when Commit has named it.
+func TestObserverOfAdoption(t *testing.T) {
+	tar := makeTar(t, reg("implied/f", "data"))
+	for _, mode := range mountModes {
+		for _, how := range unpacks {
+			t.Run(string(mode)+"/"+how.name, func(t *testing.T) {
+				var rec recorder
+				r := newRigIn(t, t.TempDir(), Options{Mount: mode, Observer: &rec})
+				r.show(t, r.pull(t, how, "image", "", makeTar(t, dir("implied", 0o700, 1)), tar))
+				rec.mu.Lock()
+				defer rec.mu.Unlock()
+				want := map[string]int{"1": 1, "2": 1}
+				if how.rebase && mode != ModeDirectory {
+					want["2"] = 2
+				}
+				got := map[string]int{}
+				for _, line := range rec.seen {
+					if id, what, _ := strings.Cut(line, " "); strings.HasPrefix(what, "adopted sha256:") {
+						got[id]++
+					} else if line == "in no time" {
+						t.Error(line)
+					}
+				}
+				if !reflect.DeepEqual(got, want) {
+					t.Errorf("got %v, want %v", got, want)
+				}
+			})
+		}
 	}
 }
 

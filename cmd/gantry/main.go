@@ -31,6 +31,7 @@ const usage = `gantry tells what gantryd is doing, and containerd what it needs 
 Usage:
   gantry [--config FILE] status [--json]    transfers and unpacks under way, and where the last layers' time went
   gantry [--config FILE] pull REF           pull an image through containerd, or only fetch it where containerd does not run
+  gantry [--config FILE] content restore    fetch again what gantryd has discarded (content.retain)
   gantry [--config FILE] config containerd  print a drop-in for the imports of containerd's configuration
   gantry help [COMMAND]
   gantry --version | --help
@@ -53,7 +54,7 @@ type command struct {
 }
 
 func commands() []command {
-	return []command{statusCommand, pullCommand, containerdCommand}
+	return []command{statusCommand, pullCommand, restoreCommand, containerdCommand}
 }
 
 // usageError is a mistake in the command line.

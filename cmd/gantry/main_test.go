@@ -136,7 +136,7 @@ func TestStatus(t *testing.T) {
 		want   []string
 		not    string
 	}{
-		"shared": {shared, []string{"COMMIT  IMAGE\n", "reg/app:1"}, "NAMESPACE"},
+		"shared": {shared, []string{"COMMIT  TAIL   IMAGE\n", "reg/app:1"}, "NAMESPACE"},
 		"idle":   {idle, []string{"gantryd v1.2.3, pid 42, up ", "mount mode directory\n", "nothing is under way\n"}, "LAYERS"},
 		"busy": {busy, []string{
 			"up 1m", "root /r", "mount mode file: Linux 6.18\n",

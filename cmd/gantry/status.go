@@ -41,6 +41,7 @@ Asks gantryd, at the address in FILE, what it is doing:
              for transfer.keep_partial.
   UNPACKS    layers being decompressed and written, while their blob arrives
   LAYERS     layers that ended last, well or with an error, and the seconds they spent where. The parts overlap.
+             TAIL: from the arrival of the last byte until the layer could be mounted.
              A layer that was on disk already is not unpacked again and is missing here.
 
   --json     print the whole report as JSON; sizes are in bytes, rates in bytes a second
@@ -105,6 +106,9 @@ func printReport(w io.Writer, r *status.Report, now time.Time) error {
 	line := func(cells ...string) { _, _ = fmt.Fprintln(t, strings.Join(cells, "\t")) }
 	line(fmt.Sprintf("gantryd %s, pid %d, up %s, root %s", r.Version, r.PID, now.Sub(r.Started).Round(time.Second), r.Root))
 	line("mount mode " + r.Mount.Mode + reason(r.Mount.Reason))
+	if r.Discarded.Blobs > 0 {
+		line(fmt.Sprintf("%d layers are kept without their compressed bytes, %s; gantry content restore fetches them again", r.Discarded.Blobs, amount(r.Discarded.Size)))
+	}
 	if len(r.Transfers)+len(r.Unpacks) == 0 {
 		line("nothing is under way")
 	}
@@ -149,11 +153,11 @@ func printLayers(line func(...string), layers []status.Layer) {
 		line(append(cells, image)...)
 	}
 	line("")
-	row("NAMESPACE", "IMAGE", "LAYERS", "SIZE", "UNPACKED", "TOTAL", "QUEUED", "WAIT", "DOWNLOAD", "DECOMPRESS", "WRITE", "VERIFY", "COMMIT")
+	row("NAMESPACE", "IMAGE", "LAYERS", "SIZE", "UNPACKED", "TOTAL", "QUEUED", "WAIT", "DOWNLOAD", "DECOMPRESS", "WRITE", "VERIFY", "COMMIT", "TAIL")
 	for _, x := range layers {
 		s := x.Seconds
 		row(dash(x.Namespace), dash(x.Image)+suffix(x.Error), short(string(x.Digest)), amount(x.Size), amount(x.Written), seconds(s.Total), seconds(s.Queued),
-			seconds(s.Wait), seconds(s.Download), seconds(s.Decompress), seconds(s.Write), seconds(s.Verify), seconds(s.Commit))
+			seconds(s.Wait), seconds(s.Download), seconds(s.Decompress), seconds(s.Write), seconds(s.Verify), seconds(s.Commit), seconds(x.TailSeconds))
 	}
 }
 

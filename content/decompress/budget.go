@@ -66,6 +66,22 @@ func (p *part) wait(ctx context.Context, bytes int64) (grant, error) {
 	return g, nil
 }
 
+// take waits, by idle, if it has to.
+func (p *part) take(ctx context.Context, bytes int64, idle idleFunc) (g grant, err error) {
+	if g, ok := p.try(min(bytes, p.size)); ok {
+		return g, nil
+	}
+	err = idle(ctx, func() (err error) {
+		g, err = p.wait(ctx, bytes)
+		return err
+	})
+	if err != nil {
+		g.release()
+		return grant{}, err
+	}
+	return g, nil
+}
+
 // try never goes in front of those who wait.
 func (p *part) try(bytes int64) (grant, bool) {
 	if !p.sem.TryAcquire(bytes) {
@@ -84,9 +100,15 @@ func (g grant) release() {
 }
 
 // wide takes bytes for a large window or block. The caller holds no such grant.
-func (b *Budget) wide(ctx context.Context, bytes int64) (grant, error) {
+// A wait is run by idle.
+func (b *Budget) wide(ctx context.Context, bytes int64, idle idleFunc) (grant, error) {
 	if g, ok := b.common.try(bytes); ok {
 		return g, nil
 	}
-	return b.lane.wait(ctx, bytes)
+	return b.lane.take(ctx, bytes, idle)
 }
+
+// idleFunc runs wait and returns its error, if there is no other.
+type idleFunc = func(ctx context.Context, wait func() error) error
+
+func idleHere(_ context.Context, wait func() error) error { return wait() }

@@ -57,6 +57,7 @@ type Option func(*options)
 type options struct {
 	budget  *Budget
 	workers int
+	idle    idleFunc
 }
 
 // WithBudget has the reader share b with others. Without it a reader has
@@ -66,6 +67,15 @@ func WithBudget(b *Budget) Option { return func(o *options) { o.budget = b } }
 // WithWorkers bounds how many goroutines decode one stream; GOMAXPROCS if it is
 // not given or below 1. With 1 everything is done by the caller.
 func WithWorkers(n int) Option { return func(o *options) { o.workers = n } }
+
+// WithIdle has each wait of the reader for memory that other readers hold run by
+// idle, with the context of NewReader and on the goroutine that called NewReader
+// or reads. If those readers need something that the caller has (a place among
+// the readers that may work), idle lends it to them meanwhile: otherwise they
+// would wait for each other.
+func WithIdle(idle func(ctx context.Context, wait func() error) error) Option {
+	return func(o *options) { o.idle = idle }
+}
 
 func newOptions(opts []Option) options {
 	var o options
@@ -77,6 +87,9 @@ func newOptions(opts []Option) options {
 	}
 	if o.workers < 1 {
 		o.workers = runtime.GOMAXPROCS(0)
+	}
+	if o.idle == nil {
+		o.idle = idleHere
 	}
 	return o
 }
@@ -105,7 +118,7 @@ var (
 // are, never as ErrCorrupt. Close does not close r, but must be called.
 func NewReader(ctx context.Context, r io.Reader, opts ...Option) (*Reader, error) {
 	o := newOptions(opts)
-	mem, err := newMemory(ctx, o.budget)
+	mem, err := newMemory(ctx, o.budget, o.idle)
 	if err != nil {
 		return nil, err
 	}

@@ -22,6 +22,7 @@ const (
 type memory struct {
 	budget *Budget
 	with   func(func(context.Context) error) error // lends the reader's context
+	idle   idleFunc
 	base   grant
 	freed  chan struct{} // a token when something came back
 	err    error         // what ended a wait; read by the reader's goroutine only
@@ -35,13 +36,13 @@ type memory struct {
 
 // newMemory takes a reader's minimum. The context is bound in a closure, as it
 // is that of one operation: the reading of this stream.
-func newMemory(ctx context.Context, b *Budget) (*memory, error) {
-	base, err := b.common.wait(ctx, overhead+baseBlocks)
+func newMemory(ctx context.Context, b *Budget, idle idleFunc) (*memory, error) {
+	base, err := b.common.take(ctx, overhead+baseBlocks, idle)
 	if err != nil {
 		return nil, err
 	}
 	return &memory{
-		budget: b, base: base, reserve: baseBlocks, freed: make(chan struct{}, 1),
+		budget: b, idle: idle, base: base, reserve: baseBlocks, freed: make(chan struct{}, 1),
 		with: func(f func(context.Context) error) error { return f(ctx) },
 	}, nil
 }
@@ -173,7 +174,7 @@ func (m *memory) give(b *buffer) {
 // window takes bytes for one window. The caller holds no other.
 func (m *memory) window(bytes int64) (g grant, err error) {
 	err = m.with(func(ctx context.Context) error {
-		g, err = m.budget.wide(ctx, bytes)
+		g, err = m.budget.wide(ctx, bytes, m.idle)
 		return err
 	})
 	return g, m.fail(err)

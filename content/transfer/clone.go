@@ -13,7 +13,8 @@ import (
 // CloneTo gives f the contiguous part from off on, as far as it reaches now, of a transfer that runs or failed; where
 // the file system can, both files share the blocks. What f has below off is the caller's business. The bytes are not
 // verified unless the transfer is complete. It returns how many bytes from off on are in f, also with an error;
-// none after ErrRestarted: the bytes turned out wrong meanwhile, and so may be what f has got.
+// none after ErrRestarted: the bytes turned out wrong meanwhile, and so may be what f has got;
+// and none where bytes were discarded.
 func (h *Handle) CloneTo(ctx context.Context, f *os.File, off int64) (int64, error) {
 	j := h.job
 	j.mu.Lock()
@@ -21,6 +22,18 @@ func (h *Handle) CloneTo(ctx context.Context, f *os.File, off int64) (int64, err
 	var data *os.File
 	if j.folder != nil {
 		data = j.folder.data
+	}
+	if d := j.discard; d != nil && !d.durable {
+		if d.gone > 0 {
+			end = 0 // nothing to go on from
+		}
+		d.copies++
+		defer func() {
+			j.mu.Lock()
+			defer j.mu.Unlock()
+			d.copies--
+			d.wake()
+		}()
 	}
 	j.mu.Unlock()
 	if closed {

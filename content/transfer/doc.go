@@ -58,10 +58,23 @@
 //	a folder in which nobody completed the blob  its holder, after it took the blob from another folder or when the
 //	                                             data was wrong; else Sweep, after Options.KeepPartial, and Forget
 //	a finished folder                            the same two, unless another file links its data
+//	a folder of bytes that are not kept          its process, when the transfer ends; else Sweep, at once
 //	a lock file                                  whoever removes its folder, under that lock; Sweep, if there is no folder
 //
 // All of them need the exclusive lock, and a crash at any point leaves a folder or a lock file of a name that Sweep
 // knows, private ones included. Manager.List shows what is left as PhaseKept.
+//
+// # Bytes that are not kept
+//
+// A transfer that was joined with JoinDiscarding gives up what its readers say that they need no more (Handle.Discard),
+// once it is hashed: the range is punched out of the data file, and what the kernel has not written back by then never
+// reaches the disk. ext4 from Linux 6.14 on, without data=journal, drops such pages; older ones and XFS write them back
+// first, so there it saves space only. So that write-back does not come first, nothing starts it here and nothing is
+// fsynced.
+//
+// Such a transfer works below discarding/<process>/<n>, where no other process looks, with a lock of the process beside
+// the others in locks/; what lies there without a living process is removed by Sweep. It cannot be resumed. What nobody
+// has begun to discard when it is complete is made durable by Handle.Keep, and then is like any other blob.
 //
 // # Two sizes for one digest
 //

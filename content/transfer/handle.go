@@ -71,7 +71,7 @@ func (h *Handle) Timings() (wait, download, verify time.Duration) {
 	return first.Sub(j.started), last.Sub(first), end.Sub(last)
 }
 
-// Wait returns nil when the blob is complete, its digest verified and its data durable. It returns ErrRestarted if this
+// Wait returns nil when the blob is complete, its digest verified and its data durable, unless it is Discarding. It returns ErrRestarted if this
 // handle has read bytes that were wrong and has not started again, the transfer's error if it failed, and the cause of ctx.
 func (h *Handle) Wait(ctx context.Context) error {
 	j := h.job
@@ -141,6 +141,9 @@ func (h *Handle) look(off int64) (data *os.File, n int64, changed <-chan struct{
 	}
 	switch {
 	case off < j.frontier:
+		if err := j.admit(h, off); err != nil {
+			return nil, 0, nil, err
+		}
 		h.read = true
 		return j.folder.data, j.frontier - off, nil, nil
 	case j.err != nil:
@@ -152,7 +155,8 @@ func (h *Handle) look(off int64) (data *os.File, n int64, changed <-chan struct{
 }
 
 // LinkTo gives the finished, durable data file one more name; a file that is there already is fine. The caller makes
-// the name durable by an fsync of its folder. errdefs.ErrFailedPrecondition while the transfer is not complete.
+// the name durable by an fsync of its folder. errdefs.ErrFailedPrecondition while the transfer is not complete, and
+// if it is Discarding.
 func (h *Handle) LinkTo(path string) error {
 	j := h.job
 	j.mu.Lock()
@@ -160,8 +164,8 @@ func (h *Handle) LinkTo(path string) error {
 	if h.closed {
 		return fmt.Errorf("blob %s: %w", j.blob.Digest, fs.ErrClosed)
 	}
-	if j.phase != PhaseComplete {
-		return fmt.Errorf("blob %s is not complete, link %s: %w", j.blob.Digest, path, errdefs.ErrFailedPrecondition)
+	if j.phase != PhaseComplete || j.discard != nil && !j.discard.durable {
+		return fmt.Errorf("blob %s is not complete, or not kept, link %s: %w", j.blob.Digest, path, errdefs.ErrFailedPrecondition)
 	}
 	if err := linkFile(j.folder.data, path); err != nil && !errors.Is(err, fs.ErrExist) {
 		return fmt.Errorf("blob %s: %w", j.blob.Digest, err)
@@ -177,6 +181,7 @@ func (h *Handle) Close() error {
 	h.once.Do(func() {
 		h.job.mu.Lock()
 		h.closed = true
+		h.job.dismiss(h)
 		h.job.mu.Unlock()
 		if h.m.leave(h.job) {
 			h.m.retire(context.Background(), h.job)

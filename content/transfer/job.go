@@ -40,8 +40,9 @@ type job struct {
 	received atomic.Int64 // bytes from the network
 
 	// Used only by what run calls, one at a time.
-	places *places
-	digest digester
+	places  *places
+	digest  digester
+	discard *discarding // nil: the bytes are kept
 
 	// Guarded by Manager.mu.
 	waiters  int
@@ -165,12 +166,17 @@ func (j *job) attempt(ctx context.Context) error {
 	}
 	g, ctx := errgroup.WithContext(ctx)
 	g.Go(func() error { return j.hash(ctx) })
-	g.Go(func() error { return j.writeback(ctx) })
+	if !j.discards() {
+		g.Go(func() error { return j.writeback(ctx) })
+	}
 	g.Go(func() error {
 		if err := j.receive(ctx, claimed); err != nil {
 			return err
 		}
 		j.arrived()
+		if j.discards() {
+			return nil
+		}
 		if err := f.syncData(); err != nil { // while the rest is hashed
 			return diskError(f.path, err)
 		}
@@ -221,6 +227,7 @@ func (j *job) finish(err error) {
 		j.doomed = true
 		j.err = fmt.Errorf("blob %s: %w", j.blob.Digest, err)
 		j.phase = PhaseFailed
+		j.stopDiscarding()
 	} else {
 		j.phase = PhaseComplete
 	}

@@ -105,6 +105,7 @@ type Manager struct {
 	opts   Options
 	shared *shared
 	kept   *kept
+	apart  *discardFolders
 	wg     sync.WaitGroup
 
 	mu     sync.Mutex // taken before job.mu
@@ -127,10 +128,11 @@ func New(root string, o Options) (*Manager, error) {
 		return nil, fmt.Errorf("transfer root: %w", err)
 	}
 	return &Manager{
-		root: root,
-		opts: o,
-		jobs: map[Blob]*job{},
-		kept: &kept{root: root, seen: map[string]keptFolder{}},
+		root:  root,
+		opts:  o,
+		jobs:  map[Blob]*job{},
+		kept:  &kept{root: root, seen: map[string]keptFolder{}},
+		apart: &discardFolders{root: root},
 		shared: &shared{
 			hosts:   o.Hosts,
 			running: make(chan struct{}, o.MaxTransfers),
@@ -160,6 +162,10 @@ func (b Blob) validate() error {
 // Sources are asked in the order given. Without sources only what is on disk already can complete the blob. image is
 // whatever names the image that the blob is wanted for: connections are shared out fairly between images.
 func (m *Manager) Join(ctx context.Context, image string, b Blob, sources ...Source) (*Handle, error) {
+	return m.join(ctx, image, b, false, sources)
+}
+
+func (m *Manager) join(ctx context.Context, image string, b Blob, discard bool, sources []Source) (*Handle, error) {
 	if err := b.validate(); err != nil {
 		return nil, err
 	}
@@ -169,15 +175,15 @@ func (m *Manager) Join(ctx context.Context, image string, b Blob, sources ...Sou
 		return nil, fmt.Errorf("blob %s: %w", b.Digest, errClosed)
 	}
 	j := m.jobs[b]
-	if j == nil || !j.addSources(sources) {
-		j = m.start(context.WithoutCancel(ctx), image, b, sources)
+	if j == nil || !discard && j.spent() || !j.addSources(sources) {
+		j = m.start(context.WithoutCancel(ctx), image, b, discard, sources)
 	}
 	return m.handle(j), nil
 }
 
 // start runs a new job. Called with mu held.
-func (m *Manager) start(ctx context.Context, image string, b Blob, sources []Source) *job {
-	j := newJob(m.root, b, m.opts, m.shared)
+func (m *Manager) start(ctx context.Context, image string, b Blob, discard bool, sources []Source) *job {
+	j := m.makeJob(ctx, b, discard)
 	j.image = cmp.Or(image, j.image)
 	j.addSources(sources)
 	ctx, j.cancel = context.WithCancelCause(ctx)
@@ -230,7 +236,7 @@ func (m *Manager) drop(j *job) {
 // retire closes the files of an ended job that nobody has a handle of and nobody can join. Not under Manager.mu:
 // closing the last descriptor of a large file that was removed takes its time.
 func (m *Manager) retire(ctx context.Context, j *job) {
-	err := j.retire()
+	err := errors.Join(j.retire(), j.removeApart())
 	if j.unwanted {
 		err = errors.Join(err, m.Forget(j.blob.Digest))
 	}
@@ -344,8 +350,9 @@ func (m *Manager) Close() error {
 	for _, j := range m.jobs {
 		j.doom()
 		j.cancel(errClosed)
+		j.stopDiscarding()
 	}
 	m.mu.Unlock()
 	m.wg.Wait()
-	return nil
+	return m.apart.close()
 }

@@ -27,6 +27,7 @@ func (j *job) download(ctx context.Context) error {
 	if !errors.Is(err, errMismatch) {
 		return err
 	}
+	j.retain()
 	q := &inquiry{job: j, asked: map[string]bool{}}
 	defer q.close()
 	return q.run(ctx, err)
@@ -325,6 +326,7 @@ func (j *job) again(blocks []bool) error {
 // startOver has everybody begin at 0. Called with mu held.
 func (j *job) startOver() {
 	j.ledger = newLedger(j.blob.Size)
+	j.forgetDiscarded()
 	j.frontier = 0
 	j.generation++
 	j.touch()

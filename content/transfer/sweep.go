@@ -36,7 +36,7 @@ func (m *Manager) Sweep(ctx context.Context) error {
 			log.G(ctx).WithField("digest", "sha256:"+folderDigest(e.Name())).Debug("swept an old transfer")
 		}
 	}
-	return errors.Join(append(errs, m.sweepLocks())...)
+	return errors.Join(append(errs, m.sweepLocks(), m.apart.sweep())...)
 }
 
 func (m *Manager) sweepLocks() error {

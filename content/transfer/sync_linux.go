@@ -48,3 +48,22 @@ func lockOwner(path string) int {
 	}
 	return 0
 }
+
+// punchHole frees a range of a file: it reads as zeros, and what was not written back yet never is, if the file system
+// can do that. The file may be closed meanwhile: then nothing happens.
+func punchHole(f *os.File, off, n int64) error {
+	c, err := f.SyscallConn()
+	if err != nil {
+		return err
+	}
+	var perr error
+	if err := c.Control(func(fd uintptr) {
+		perr = unix.Fallocate(int(fd), unix.FALLOC_FL_PUNCH_HOLE|unix.FALLOC_FL_KEEP_SIZE, off, n)
+	}); err != nil {
+		return err
+	}
+	if perr != nil {
+		return &os.PathError{Op: "punch", Path: f.Name(), Err: perr}
+	}
+	return nil
+}

@@ -78,6 +78,7 @@ func (j *job) hashUpTo(ctx context.Context, d *digester, f *folder, end int64) e
 			return diskError(f.path, fmt.Errorf("read back at %d: %w", d.off, err))
 		}
 		d.add(d.buf[:n])
+		j.hashedUpTo(d.off)
 	}
 	return nil
 }

@@ -31,17 +31,18 @@ func (b *bench) memory(ctx context.Context) (err error) {
 	defer func() { err = errors.Join(err, registry.Close()) }()
 	images, compressed := 0, int64(0)
 	for ; compressed < b.total; images++ {
-		im, err := harness.Build(ctx, filepath.Join(b.dir, fmt.Sprint("image", images)), large(uint64(images)))
+		im, err := harness.Build(ctx, filepath.Join(b.dir, fmt.Sprint("image", images)), memorySpec(uint64(images)))
 		if err != nil {
 			return err
 		}
 		registry.AddImage(im, fmt.Sprint("large", images), "bench")
 		compressed += im.Size()
 	}
-	n, err := b.node(ctx, harness.Gantry, registry.Host())
+	n, err := b.node(ctx, gantry.node, registry.Host())
 	if err != nil {
 		return err
 	}
+	defer func() { err = errors.Join(err, n.Close()) }()
 	begin := time.Now()
 	g, gctx := errgroup.WithContext(ctx)
 	g.SetLimit(2)
@@ -65,8 +66,8 @@ func (b *bench) memory(ctx context.Context) (err error) {
 	return nil
 }
 
-// large is an image of four layers: what nothing compresses, and text.
-func large(seed uint64) harness.ImageSpec {
+// memorySpec is an image of four layers: what nothing compresses, and text.
+func memorySpec(seed uint64) harness.ImageSpec {
 	var spec harness.ImageSpec
 	for i := range uint64(2) {
 		spec.Layers = append(spec.Layers,

@@ -28,9 +28,6 @@ func (b *bench) pull(ctx context.Context) (err error) {
 		return err
 	}
 	fmt.Printf("image of GOROOT: %d layers, %.1f MiB compressed\n", len(im.Layers), float64(im.Size())/(1<<20))
-	if err := b.freshDisk(ctx, 16); err != nil {
-		return err
-	}
-	_, err = b.compare(ctx, registry.Host(), registry.Host()+"/goroot:bench")
+	_, err = b.compare(ctx, contest{host: registry.Host(), ref: registry.Host() + "/goroot:bench", registry: []int{registry.PID()}, kinds: []kind{gantry, overlayfs}, gib: 4})
 	return err
 }

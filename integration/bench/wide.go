@@ -39,15 +39,12 @@ func (b *bench) wide(ctx context.Context) (err error) {
 	registry.AddImage(im, "wide", "bench")
 	fmt.Printf("image: %d layers, %.2f GB compressed; %d MB/s a connection, %d MB/s together, %s\n",
 		len(im.Layers), float64(im.Size())/1e9, perConnection/1_000_000, together/1_000_000, latency)
-	if err := b.freshDisk(ctx, 40); err != nil {
-		return err
-	}
-	medians, err := b.compare(ctx, registry.Host(), registry.Host()+"/wide:bench")
+	m, err := b.compare(ctx, contest{host: registry.Host(), ref: registry.Host() + "/wide:bench", kinds: []kind{gantry, overlayfs}, gib: 8})
 	if err != nil {
 		return err
 	}
 	least := time.Duration(float64(im.Size()) / together * float64(time.Second))
 	fmt.Printf("the network needs %.2fs: gantry %.2f times that, overlayfs %.2f times\n",
-		least.Seconds(), medians[harness.Gantry].Seconds()/least.Seconds(), medians[harness.Overlayfs].Seconds()/least.Seconds())
+		least.Seconds(), m[gantry.name].Seconds()/least.Seconds(), m[overlayfs.name].Seconds()/least.Seconds())
 	return nil
 }

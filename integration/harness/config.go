@@ -22,8 +22,10 @@ temp = '{{.Dir}}/tmp'
   'io.containerd.nri.v1.nri', 'io.containerd.image-verifier.v1.bindir', 'io.containerd.monitor.task.v1.cgroups',
   'io.containerd.tracing.processor.v1.otlp', 'io.containerd.internal.v1.tracing',
   'io.containerd.snapshotter.v1.blockfile', 'io.containerd.snapshotter.v1.btrfs', 'io.containerd.snapshotter.v1.devmapper',
-  'io.containerd.snapshotter.v1.erofs', 'io.containerd.snapshotter.v1.zfs', 'io.containerd.differ.v1.erofs',
-  'io.containerd.mount-handler.v1.erofs',
+  'io.containerd.snapshotter.v1.zfs',
+{{- if not .Erofs}}
+  'io.containerd.snapshotter.v1.erofs', 'io.containerd.differ.v1.erofs', 'io.containerd.mount-handler.v1.erofs',
+{{- end}}
 ]
 
 [debug]
@@ -64,7 +66,7 @@ credentials = '{{.Dir}}/docker.json'
 
 type containerdValues struct {
 	Dir, DropIn, GCDelay, Extra string
-	CRI                         bool
+	CRI, Erofs                  bool
 }
 
 type gantrydValues struct{ Dir, ContainerdKeys, Extra string }

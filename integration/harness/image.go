@@ -64,6 +64,9 @@ const (
 	dockerLayerGzip = "application/vnd.docker.image.rootfs.diff.tar.gzip"
 )
 
+// Dir returns the folder of the image's blobs.
+func (im *Image) Dir() string { return im.dir }
+
 // Size returns the compressed size of all layers in bytes.
 func (im *Image) Size() int64 {
 	var n int64

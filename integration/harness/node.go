@@ -20,11 +20,12 @@ import (
 const (
 	Gantry    = "gantry"
 	Overlayfs = "overlayfs" // containerd as shipped, without gantryd
+	Erofs     = "erofs"     // containerd's own, with its differ; mkfs.erofs must be among the peers or in PATH
 )
 
 // Options say what a node is to be.
 type Options struct {
-	Snapshotter     string // Gantry (default) or Overlayfs
+	Snapshotter     string // Gantry (default), Overlayfs or Erofs
 	CRI             bool   // with containerd's CRI plugin
 	ContainerdExtra string // TOML after containerd's configuration
 	ContainerdKeys  string // TOML inside gantryd's table [containerd]
@@ -86,7 +87,8 @@ func (n *Node) start(ctx context.Context) error {
 		}
 	}
 	config, err := render(containerdConfig, containerdValues{
-		Dir: n.Dir, DropIn: n.dropIn(), GCDelay: n.options.GCDelay.String(), CRI: n.options.CRI, Extra: n.options.ContainerdExtra,
+		Dir: n.Dir, DropIn: n.dropIn(), GCDelay: n.options.GCDelay.String(), CRI: n.options.CRI,
+		Erofs: n.Snapshotter == Erofs, Extra: n.options.ContainerdExtra,
 	})
 	if err != nil {
 		return err

@@ -84,6 +84,9 @@ func (r *Registry) ping(ctx context.Context) error {
 // Host returns the address, host:port, as it stands in image references.
 func (r *Registry) Host() string { return r.addr }
 
+// PID returns the registry's process id.
+func (r *Registry) PID() int { return r.proc.PID() }
+
 // Close stops the registry; its folder stays.
 func (r *Registry) Close() error { return r.proc.Stop() }
 

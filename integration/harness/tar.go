@@ -9,6 +9,7 @@ import (
 	"math/rand/v2"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"time"
 )
@@ -46,6 +47,38 @@ func Entries(entries ...Entry) TarFunc {
 		}
 		return tw.Close()
 	}
+}
+
+// Concat writes several tars as one: the members of each, one after another.
+func Concat(parts ...TarFunc) TarFunc {
+	return func(w io.Writer) error {
+		for _, part := range parts {
+			if err := part(&unended{w: w}); err != nil {
+				return err
+			}
+		}
+		_, err := w.Write(make([]byte, tarEnd))
+		return err
+	}
+}
+
+// tarEnd is the size of what archive/tar's writer ends a tar with: two blocks of zeros.
+const tarEnd = 1024
+
+// unended holds the last bytes back, which end a tar.
+type unended struct {
+	w    io.Writer
+	held []byte
+}
+
+func (u *unended) Write(p []byte) (int, error) {
+	all := slices.Concat(u.held, p)
+	pass := max(len(all)-tarEnd, 0)
+	if _, err := u.w.Write(all[:pass]); err != nil {
+		return 0, err
+	}
+	u.held = slices.Clone(all[pass:])
+	return len(p), nil
 }
 
 // File is a regular file of root's with mode 0644.

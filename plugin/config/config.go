@@ -26,6 +26,12 @@ const (
 	PolicyIsolated = "isolated"
 )
 
+// Values of content.retain.
+const (
+	RetainAll  = "all"
+	RetainNone = "none"
+)
+
 // Config is what gantryd runs with. The keys of the file, their defaults and
 // their meaning are in fields; a Config from Default or Load is valid, and its
 // folders that follow from others (content.root from root) are filled in.
@@ -56,7 +62,8 @@ type Containerd struct {
 
 // Content is the content store.
 type Content struct {
-	Root string
+	Root   string
+	Retain string // RetainAll or RetainNone
 }
 
 // Transfer says how blobs are fetched.

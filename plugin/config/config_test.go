@@ -81,7 +81,7 @@ func TestDefaults(t *testing.T) {
 		Root: "/var/lib/gantry", State: "/run/gantry", Address: "/run/gantry/gantry.sock",
 		Log:        Log{Level: "info", Format: "text"},
 		Containerd: Containerd{Address: "/run/containerd/containerd.sock", ContentSharingPolicy: "shared"},
-		Content:    Content{Root: "/var/lib/gantry/content"},
+		Content:    Content{Root: "/var/lib/gantry/content", Retain: RetainAll},
 		Transfer: Transfer{Root: "/var/lib/gantry/transfers",
 			ConnectionsPerHost: 32, Connections: 64, KeepPartial: 24 * time.Hour, GiveUp: 2 * time.Minute},
 		Registry:    Registry{ConfigPath: "/etc/containerd/certs.d", Credentials: "/root/.docker/config.json"},

@@ -49,6 +49,10 @@ var dropIn = template.Must(template.New("containerd").Funcs(template.FuncMap{"q"
 #   4. systemctl restart containerd (running containers are not touched)
 # Switch off: remove the containers that use the snapshotter {{q .Snapshotter}}, remove this file,
 #   systemctl restart containerd, and only then stop gantryd.
+#   If gantryd ever ran with content.retain = "none", layers are missing from the folder below that containerd then reads
+#   by itself. Before anything else set content.retain = "all", systemctl restart gantryd, and run
+#                                   gantry content restore
+#   until it ends without an error: it fetches them again. This gantryd runs with content.retain = {{q .Config.Content.Retain}}.
 #
 # containerd's metadata goes on naming the blobs and the snapshots that it has, also while gantry is switched off:
 #   - A pull fails with "content ...: not found" if a blob is missing from gantryd's store, which is

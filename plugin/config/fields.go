@@ -38,6 +38,8 @@ func fields(c *Config) []field {
 
 		{key: "content.root", value: path(&c.Content.Root), parent: &c.Root, derived: "content",
 			doc: "Complete blobs, laid out as containerd's own store lays them out. Set it to containerd's own folder (io.containerd.content.v1.content) on a node that has images."},
+		{key: "content.retain", value: oneOf(&c.Content.Retain, RetainAll, RetainNone), fallback: RetainAll,
+			doc: "What becomes of the compressed bytes of layers that gantry fetched and unpacked. all: they are kept. none: they are discarded as they are unpacked, and fetched again if somebody reads them."},
 
 		{key: "transfer.root", value: path(&c.Transfer.Root), parent: &c.Root, derived: "transfers",
 			doc: "Blobs that are being fetched. Must be on the file system of content.root."},

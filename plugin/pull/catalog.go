@@ -27,6 +27,8 @@ type Blobs interface {
 	Info(ctx context.Context, d digest.Digest) (ccontent.Info, error)
 	ReaderAt(ctx context.Context, desc ocispec.Descriptor) (ccontent.ReaderAt, error)
 	Walk(ctx context.Context, fn ccontent.WalkFunc, filters ...string) error
+	// Discarded says that a blob's bytes are not there. Such a blob is a layer.
+	Discarded(d digest.Digest) bool
 }
 
 // manifest is what the catalog keeps of one image manifest.
@@ -162,6 +164,13 @@ func (c *catalog) settle(ctx context.Context) error {
 	return nil
 }
 
+// watch returns a channel that is closed when something was announced or read.
+func (c *catalog) watch() <-chan struct{} {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.changed
+}
+
 // run reads the store and then whatever is announced, until ctx ends.
 func (c *catalog) run(ctx context.Context, blobs Blobs) {
 	c.mu.Lock()
@@ -211,6 +220,9 @@ func (c *catalog) finish(n uint64) {
 // read looks at one blob. What is neither manifest nor config is passed over:
 // the store holds other small blobs, too.
 func (c *catalog) read(ctx context.Context, d digest.Digest) {
+	if c.blobs.Discarded(d) {
+		return
+	}
 	doc, err := readDocument(ctx, c.blobs, d)
 	if err != nil {
 		if !errdefs.IsNotFound(err) {

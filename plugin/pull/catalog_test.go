@@ -24,9 +24,17 @@ type memory struct {
 	blobs  map[digest.Digest][]byte
 	opened int // readers, and those of them not closed
 	open   int
+	// discarded are there, and not to be opened.
+	discarded map[digest.Digest]bool
 }
 
-func (m *memory) put(t *testing.T, v any) digest.Digest {
+func (m *memory) Discarded(d digest.Digest) bool {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.discarded[d]
+}
+
+func (m *memory) put(t testing.TB, v any) digest.Digest {
 	t.Helper()
 	b, ok := v.([]byte)
 	if !ok {
@@ -94,7 +102,7 @@ func (m *memory) Walk(ctx context.Context, fn ccontent.WalkFunc, _ ...string) er
 }
 
 // putImage stores a config and a manifest for the layers, and returns the manifest's digest.
-func putImage(t *testing.T, m *memory, layers []ocispec.Descriptor, diffIDs []digest.Digest) digest.Digest {
+func putImage(t testing.TB, m *memory, layers []ocispec.Descriptor, diffIDs []digest.Digest) digest.Digest {
 	t.Helper()
 	var config ocispec.Image
 	config.RootFS = ocispec.RootFS{Type: "layers", DiffIDs: diffIDs}

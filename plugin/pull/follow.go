@@ -4,10 +4,7 @@ import (
 	"context"
 	"errors"
 	"io"
-	"sync/atomic"
 	"time"
-
-	"golang.org/x/sync/semaphore"
 
 	"github.com/gantryd/gantry/content/transfer"
 )
@@ -18,16 +15,22 @@ const briefly = 200 * time.Millisecond
 // errRestart means that bytes already read turned out not to be the blob's.
 var errRestart = errors.New("bytes below the reader were fetched anew")
 
+// errEnded is why the reading of an unpack ends that needs no more bytes. It
+// hides no other reason.
+var errEnded = errors.New("the unpack needs no more bytes")
+
 // follower reads the compressed bytes of an unpack in order, from one source: a
 // transfer or, after it failed, the ingest of the client that goes on where the
 // transfer stopped, which has the transfer's bytes too.
+//
+// One goroutine at a time reads it, which need not be the one that unpacks: that
+// one looks at the members only after the decompressor is closed.
 type follower struct {
-	u       *unpack
-	workers *semaphore.Weighted
-	working bool // a worker is held: while the follower is read
-	off     int64
-	err     error // why the bytes ended early, for explain
-	lost    error // why the last source failed
+	u *unpack
+	*lease
+	off  int64
+	err  error // why the bytes ended early, for explain
+	lost error // why the last source failed
 }
 
 // reader binds the follower to a context: decompressors know only io.Reader.
@@ -40,16 +43,25 @@ type readerFunc func([]byte) (int, error)
 func (r readerFunc) Read(p []byte) (int, error) { return r(p) }
 
 func (f *follower) read(ctx context.Context, p []byte) (int, error) {
-	defer since(time.Now(), &f.u.times.starved)
+	f.u.clock.input(1)
+	defer f.u.clock.input(-1)
 	for {
 		source, err := f.source(ctx)
 		if err != nil {
 			return 0, f.fail(err)
 		}
+		if end, ok := source.End(); ok && f.off >= end {
+			// Whether they are the blob's own bytes is asked later, while the layer
+			// file is made durable.
+			return 0, io.EOF
+		}
 		n, err := f.readAt(ctx, source, p)
 		if n > 0 {
 			f.off += int64(n)
 			f.u.read.Store(f.off)
+			if d, ok := source.(discarder); ok {
+				d.Discard(f.off)
+			}
 			return n, nil
 		}
 		if errors.Is(err, io.EOF) {
@@ -78,38 +90,10 @@ func (f *follower) readAt(ctx context.Context, source byteSource, p []byte) (int
 	return n, err
 }
 
-// work waits for a worker, rest gives it back.
-func (f *follower) work(ctx context.Context) error {
-	if err := f.workers.Acquire(ctx, 1); err != nil {
-		return context.Cause(ctx)
-	}
-	f.working = true
-	return nil
-}
-
-func (f *follower) rest() {
-	if f.working {
-		f.working = false
-		f.workers.Release(1)
-	}
-}
-
-// idle gives the worker back, if the follower has one, while wait runs. When it
-// cannot have one again because ctx ended, that is the error.
-func (f *follower) idle(ctx context.Context, wait func() error) error {
-	if !f.working {
-		return wait()
-	}
-	f.rest()
-	err := wait()
-	if werr := f.work(ctx); werr != nil {
-		return werr
-	}
-	return err
-}
-
 func (f *follower) fail(err error) error {
-	f.err = err
+	if !errors.Is(err, errEnded) {
+		f.err = err
+	}
 	return err
 }
 
@@ -183,12 +167,4 @@ func (f *follower) verified(ctx context.Context) error {
 			return err
 		}
 	}
-}
-
-// timed adds up how long r takes.
-func timed(r io.Reader, spent *atomic.Int64) io.Reader {
-	return readerFunc(func(p []byte) (int, error) {
-		defer since(time.Now(), spent)
-		return r.Read(p)
-	})
 }

@@ -293,6 +293,7 @@ func (g gated) ReadAt(ctx context.Context, p []byte, off int64) (int, error) {
 	}
 }
 func (gated) Verified(context.Context) error { return fmt.Errorf("never asked") }
+func (gated) End() (int64, bool)             { return 0, false }
 func (gated) Lasts() bool                    { return false }
 func (gated) Close() error                   { return nil }
 

@@ -52,7 +52,7 @@ func (p *Puller) enter(ctx context.Context, key imageKey, m *manifest, origins [
 	if err != nil {
 		return nil, err
 	}
-	h, err := p.join(ctx, key, transfer.Blob{Digest: req.Digest, Size: req.Size}, origins)
+	h, err := p.join(ctx, key, m, transfer.Blob{Digest: req.Digest, Size: req.Size}, origins)
 	if err != nil {
 		p.leave(img)
 		return nil, err
@@ -166,7 +166,7 @@ func (p *Puller) startAhead(ctx context.Context, img *image, m *manifest, origin
 	if _, err := p.blobs.Info(ctx, b.Digest); err == nil && !p.isolated {
 		return nil // there already
 	}
-	h, err := p.join(ctx, img.key, b, origins)
+	h, err := p.join(ctx, img.key, m, b, origins)
 	if err != nil {
 		return err
 	}
@@ -191,6 +191,7 @@ func (p *Puller) follow(ctx context.Context, img *image, m *manifest, d digest.D
 		return
 	}
 	if id, err := p.layers.Lookup(d); err == nil && id != "" {
+		p.needless(ctx, img, transfer.Blob{Digest: d, Size: size})
 		return
 	}
 	u, err := p.unpack(ctx, p.unpackKey(img.key.namespace, d, size), func() (byteSource, error) {
@@ -198,7 +199,11 @@ func (p *Puller) follow(ctx context.Context, img *image, m *manifest, d digest.D
 		if err != nil {
 			return nil, err
 		}
-		h, err := t.Join(ctx, string(m.digest), transfer.Blob{Digest: d, Size: size})
+		join := t.Join
+		if p.discards(m, d) {
+			join = t.JoinDiscarding
+		}
+		h, err := join(ctx, string(m.digest), transfer.Blob{Digest: d, Size: size})
 		if err != nil {
 			return nil, err
 		}
@@ -221,11 +226,23 @@ func (p *Puller) follow(ctx context.Context, img *image, m *manifest, d digest.D
 }
 
 // join joins or starts a transfer from all hosts of all origins.
-func (p *Puller) join(ctx context.Context, key imageKey, b transfer.Blob, origins []origin) (*transfer.Handle, error) {
+func (p *Puller) join(ctx context.Context, key imageKey, m *manifest, b transfer.Blob, origins []origin) (*transfer.Handle, error) {
 	t, err := p.transfers(key.namespace)
 	if err != nil {
 		return nil, err
 	}
+	sources, err := p.sources(ctx, b, origins)
+	if err != nil {
+		return nil, err
+	}
+	if p.discards(m, b.Digest) {
+		return t.JoinDiscarding(ctx, string(key.manifest), b, sources...)
+	}
+	return t.Join(ctx, string(key.manifest), b, sources...)
+}
+
+// sources are the places of a blob at all origins, at least one.
+func (p *Puller) sources(ctx context.Context, b transfer.Blob, origins []origin) ([]transfer.Source, error) {
 	var sources []transfer.Source
 	var errs []error
 	for _, o := range origins {
@@ -238,7 +255,7 @@ func (p *Puller) join(ctx context.Context, key imageKey, b transfer.Blob, origin
 	if len(sources) == 0 {
 		return nil, fmt.Errorf("no host for %s: %w", b.Digest, errors.Join(append(errs, errdefs.ErrNotFound)...))
 	}
-	return t.Join(ctx, string(key.manifest), b, sources...)
+	return sources, nil
 }
 
 // reachable leaves out the origins that did not answer a moment ago.
@@ -289,6 +306,7 @@ type waiter struct {
 	puller  *Puller
 	image   *image
 	origins []origin
+	record  *content.Record // set by Wait
 	once    sync.Once
 }
 
@@ -302,7 +320,10 @@ func (w *waiter) Wait(ctx context.Context) error {
 	for {
 		select {
 		case err := <-done:
-			if err != nil && ctx.Err() == nil {
+			if err == nil {
+				return w.settle(ctx)
+			}
+			if ctx.Err() == nil {
 				err = w.failed(err)
 			}
 			return err

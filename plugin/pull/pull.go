@@ -24,6 +24,7 @@ import (
 	"golang.org/x/sync/semaphore"
 
 	"github.com/gantryd/gantry/content"
+	"github.com/gantryd/gantry/content/decompress"
 	"github.com/gantryd/gantry/content/registry"
 	"github.com/gantryd/gantry/content/transfer"
 	"github.com/gantryd/gantry/snapshotter/layer"
@@ -41,7 +42,7 @@ const (
 // errClosed ends what is under way when the Puller is closed.
 var errClosed = fmt.Errorf("gantryd is shutting down: %w", errdefs.ErrUnavailable)
 
-// Options are what a Puller works with. All but Isolated and Workers are needed.
+// Options are what a Puller works with. All but Isolated, Discard and Workers are needed.
 type Options struct {
 	// Transfers returns the transfers that a namespace may use. With a shared
 	// content policy it is the same manager for all.
@@ -52,8 +53,13 @@ type Options struct {
 	// Isolated is containerd's content sharing policy "isolated": a blob or a
 	// layer file serves only the namespaces that have proved to have the blob.
 	Isolated bool
+	// Discard says that the compressed bytes of layers are not kept once they are unpacked.
+	Discard bool
 	// Workers bounds how many layers are unpacked at the same time.
 	Workers int
+	// Memory bounds what all decompressors together hold, in bytes; 0 means
+	// decompress.DefaultBudget.
+	Memory int64
 }
 
 // Puller starts and joins what a pull needs. It is safe for concurrent use.
@@ -63,12 +69,15 @@ type Puller struct {
 	layers     *layer.Cache
 	containerd Containerd
 	isolated   bool
+	discard    bool
 	workers    *semaphore.Weighted
+	budget     *decompress.Budget
 	blobs      Blobs
 
-	catalog *catalog
-	hints   hints
-	recent  recent
+	catalog    *catalog
+	hints      hints
+	recent     recent
+	remembered remembered
 
 	wg sync.WaitGroup // what outlives the request that began it
 
@@ -89,9 +98,13 @@ func New(o Options) (*Puller, error) {
 	if o.Workers < 1 {
 		return nil, fmt.Errorf("pull: %d unpack workers: %w", o.Workers, errdefs.ErrInvalidArgument)
 	}
+	if o.Memory == 0 {
+		o.Memory = decompress.DefaultBudget
+	}
 	return &Puller{
 		transfers: o.Transfers, registry: o.Registry, layers: o.Layers, containerd: o.Containerd,
-		isolated: o.Isolated, workers: semaphore.NewWeighted(int64(o.Workers)),
+		isolated: o.Isolated, discard: o.Discard,
+		workers: semaphore.NewWeighted(int64(o.Workers)), budget: decompress.NewBudget(o.Memory),
 		catalog: newCatalog(),
 		images:  make(map[imageKey]*image),
 		unpacks: make(map[unpackKey]*unpack),
@@ -213,6 +226,11 @@ func (p *Puller) Prepared(namespace, _ string, labels map[string]string) {
 	p.hints.learn(namespace, labels)
 }
 
+// Adopted implements snapshotter.Observer.
+func (p *Puller) Adopted(snapshot string, diffID digest.Digest, took time.Duration) {
+	p.recent.adopted(snapshot, diffID, took)
+}
+
 // Fetch implements content.Fetcher: the blob is transferred if a manifest in the
 // store lists it as a layer of this size and containerd recorded where the
 // namespace got that manifest. All layers of the image start with the first.
@@ -231,6 +249,10 @@ func (p *Puller) Fetch(ctx context.Context, req content.FetchRequest) (content.T
 			errs = append(errs, err)
 			continue
 		}
+		if t, ok := p.again(req); ok {
+			return t, nil
+		}
+		p.configured(ctx, m)
 		return p.enter(ctx, imageKey{req.Namespace, m.digest}, m, origins, req)
 	}
 	return nil, errors.Join(errs...)

@@ -71,7 +71,7 @@ func (l *labels) Labels(_ context.Context, namespace string, d digest.Digest) (m
 	return kv, nil
 }
 
-func newFixture(t *testing.T, isolated bool) *fixture {
+func newFixture(t testing.TB, isolated bool) *fixture {
 	t.Helper()
 	f := &fixture{images: &memory{}, blobs: make(map[digest.Digest][]byte)}
 	f.server = httptest.NewServer(http.HandlerFunc(f.serve))
@@ -103,12 +103,12 @@ func newFixture(t *testing.T, isolated bool) *fixture {
 	if err != nil {
 		t.Fatal(err)
 	}
-	f.store, err = content.NewStore(dir+"/content", content.Options{Fetcher: f.Puller, Observer: f.Puller, Isolated: isolated})
+	f.store, err = content.NewStore(dir+"/content", content.Options{Fetcher: f.Puller, Observer: f.Puller, Refetcher: f.Puller, Isolated: isolated})
 	if err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() {
-		if err := f.Close(); err != nil {
+		if err := errors.Join(f.store.Close(), f.Close()); err != nil {
 			t.Error(err)
 		}
 		for _, m := range managers {
@@ -191,7 +191,7 @@ func (f *fixture) addBlob(b []byte) ocispec.Descriptor {
 
 // addImage puts the image's manifest in the store, as pulled by namespace from
 // the fixture's registry.
-func (f *fixture) addImage(t *testing.T, namespace string, layers []ocispec.Descriptor, ids []digest.Digest) digest.Digest {
+func (f *fixture) addImage(t testing.TB, namespace string, layers []ocispec.Descriptor, ids []digest.Digest) digest.Digest {
 	t.Helper()
 	m := putImage(t, f.images, layers, ids)
 	f.pulled(namespace, m, "127.0.0.1", "test/image")
@@ -214,7 +214,7 @@ func request(namespace string, l ocispec.Descriptor) content.FetchRequest {
 }
 
 // take fetches a layer as a client's second STAT does.
-func (f *fixture) take(t *testing.T, namespace string, l ocispec.Descriptor) error {
+func (f *fixture) take(t testing.TB, namespace string, l ocispec.Descriptor) error {
 	t.Helper()
 	w, err := f.Fetch(t.Context(), request(namespace, l))
 	if err != nil {

@@ -6,6 +6,8 @@ import (
 	"sync/atomic"
 	"time"
 
+	digest "github.com/opencontainers/go-digest"
+
 	"github.com/gantryd/gantry/plugin/status"
 )
 
@@ -21,7 +23,7 @@ const maxRecent = 256
 
 // times are where the time of one unpack went, in nanoseconds.
 type times struct {
-	queued, starved, reading, verify atomic.Int64
+	queued, verify atomic.Int64
 }
 
 func since(began time.Time, into *atomic.Int64) { into.Add(int64(time.Since(began))) }
@@ -29,15 +31,43 @@ func since(began time.Time, into *atomic.Int64) { into.Add(int64(time.Since(bega
 // recent is the ring of finished layers, the oldest first.
 type recent struct {
 	mu     sync.Mutex
-	layers []status.Layer
+	layers []finished
+}
+
+type finished struct {
+	status.Layer
+	snapshot string // the first that adopted it
 }
 
 func (r *recent) add(l status.Layer) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	r.layers = append(r.layers, l)
+	r.layers = append(r.layers, finished{Layer: l})
 	if len(r.layers) > maxRecent {
 		r.layers = slices.Delete(r.layers, 0, len(r.layers)-maxRecent)
+	}
+}
+
+// adopted adds what a snapshot took to show the layer. Those that adopt it after
+// the first find it done.
+func (r *recent) adopted(snapshot string, diffID digest.Digest, took time.Duration) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	for i := range slices.Backward(r.layers) {
+		l := &r.layers[i]
+		if l.DiffID != diffID {
+			continue
+		}
+		if l.snapshot == "" {
+			l.snapshot = snapshot
+		}
+		if l.snapshot == snapshot {
+			l.Seconds.Index += took.Seconds()
+			if l.TailSeconds > 0 {
+				l.TailSeconds += took.Seconds()
+			}
+		}
+		return
 	}
 }
 
@@ -66,8 +96,10 @@ func (p *Puller) Unpacks() []status.Unpack {
 func (p *Puller) Recent() []status.Layer {
 	p.recent.mu.Lock()
 	defer p.recent.mu.Unlock()
-	all := append([]status.Layer{}, p.recent.layers...) // never null in JSON
-	slices.Reverse(all)
+	all := make([]status.Layer, 0, len(p.recent.layers)) // never null in JSON
+	for _, l := range slices.Backward(p.recent.layers) {
+		all = append(all, l.Layer)
+	}
 	return all
 }
 
@@ -85,24 +117,26 @@ func (p *Puller) imageOf(key unpackKey) string {
 // finished sums up an unpack that ended. A transfer among its sources tells how
 // the download went.
 func (p *Puller) finished(u *unpack, sources []byteSource) status.Layer {
-	starved := time.Duration(u.times.starved.Load())
+	starved, decoding := u.clock.spent()
 	l := status.Layer{
 		Namespace: u.key.namespace, Image: p.imageOf(u.key),
 		Digest: u.key.blob, Size: u.key.size, Started: u.started,
 		Seconds: status.Seconds{
-			Total:      time.Since(u.started).Seconds(),
+			Total:      u.ended.Sub(u.started).Seconds(),
 			Queued:     time.Duration(u.times.queued.Load()).Seconds(),
 			Starved:    starved.Seconds(),
-			Decompress: max(0, time.Duration(u.times.reading.Load())-starved).Seconds(),
+			Decompress: decoding.Seconds(),
 			Verify:     time.Duration(u.times.verify.Load()).Seconds(),
 		},
 	}
+	var arrived time.Time // the last byte
 	for _, s := range sources {
 		if t, ok := s.(transferSource); ok {
 			l.Fetched = t.Fetched()
 			wait, download, verify := t.Timings()
 			l.Seconds.Wait, l.Seconds.Download = wait.Seconds(), download.Seconds()
 			l.Seconds.Verify = max(l.Seconds.Verify, verify.Seconds())
+			arrived = t.Started().Add(wait + download)
 		}
 	}
 	if u.err != nil {
@@ -110,6 +144,12 @@ func (p *Puller) finished(u *unpack, sources []byteSource) status.Layer {
 		return l
 	}
 	l.DiffID, l.Written = u.layer.DiffID, u.layer.Size
+	if !arrived.IsZero() {
+		if arrived.Before(u.started) { // it was all there
+			arrived = u.started
+		}
+		l.TailSeconds = u.ended.Sub(arrived).Seconds()
+	}
 	l.Seconds.Write, l.Seconds.Commit = u.layer.Timings.Write.Seconds(), u.layer.Timings.Sync.Seconds()
 	return l
 }

@@ -36,6 +36,8 @@ type byteSource interface {
 	ReadAt(ctx context.Context, p []byte, off int64) (int, error)
 	// Verified waits until the bytes are known to carry the blob's digest.
 	Verified(ctx context.Context) error
+	// End is where the bytes end, if that is known before they are verified.
+	End() (int64, bool)
 	// Lasts says whether the source comes to its end though nobody waits for it.
 	Lasts() bool
 	Close() error
@@ -44,22 +46,32 @@ type byteSource interface {
 type transferSource struct{ *transfer.Handle }
 
 func (s transferSource) Verified(ctx context.Context) error { return s.Wait(ctx) }
+func (s transferSource) End() (int64, bool)                 { return s.Size(), true }
 func (s transferSource) Lasts() bool                        { return s.Frontier() == s.Size() }
 
 type ingestSource struct{ *content.Growing }
+
+// End is not known: the client may stop.
+func (ingestSource) End() (int64, bool) { return 0, false }
 
 // Lasts is always true: the client writes for itself, and ends the source when it stops.
 func (ingestSource) Lasts() bool { return true }
 
 type localSource struct{ ccontent.ReaderAt }
 
-func (s localSource) ReadAt(_ context.Context, p []byte, off int64) (int, error) {
-	n, err := s.ReaderAt.ReadAt(p, off)
+func (s localSource) ReadAt(ctx context.Context, p []byte, off int64) (int, error) {
+	n, err := 0, error(nil)
+	if r, ok := s.ReaderAt.(content.ContextReaderAt); ok { // it comes over the network again
+		n, err = r.ReadAtContext(ctx, p, off)
+	} else {
+		n, err = s.ReaderAt.ReadAt(p, off)
+	}
 	if n > 0 {
 		return n, nil
 	}
 	return n, err
 }
+func (localSource) End() (int64, bool)             { return 0, false } // it says so itself
 func (localSource) Verified(context.Context) error { return nil }
 func (localSource) Lasts() bool                    { return true }
 
@@ -86,14 +98,16 @@ type unpack struct {
 	local   bool // it reads the blob in the store, which is verified
 	holders int  // who waits for it, images included; guarded by Puller.mu
 
-	done  chan struct{} // closed when layer and err are set
+	done  chan struct{} // closed when layer, err and ended are set
 	layer *layer.Layer
 	err   error
+	ended time.Time
 
 	phase   atomic.Value // a phase constant
 	read    atomic.Int64 // compressed bytes
 	written atomic.Int64 // uncompressed bytes
 	times   times
+	clock   clock
 
 	mu      sync.Mutex
 	sources []byteSource  // the first is read, the others are for when it fails
@@ -259,7 +273,12 @@ func (p *Puller) wanted(d digest.Digest, size int64) bool {
 // run unpacks the blob and records what it is, once its digest is verified.
 func (p *Puller) run(ctx context.Context, u *unpack) {
 	l, err := p.produce(ctx, u)
-	u.layer, u.err = l, err
+	u.layer, u.err, u.ended = l, err, time.Now()
+	u.mu.Lock()
+	sources := slices.Clone(u.sources)
+	u.mu.Unlock()
+	done := p.finished(u, sources)
+	p.recent.add(done) // before anybody can have a snapshot adopt the layer
 	p.mu.Lock()
 	if p.unpacks[u.key] == u {
 		delete(p.unpacks, u.key)
@@ -267,11 +286,10 @@ func (p *Puller) run(ctx context.Context, u *unpack) {
 	p.mu.Unlock()
 	u.mu.Lock()
 	close(u.done)
-	sources := u.sources
+	sources = u.sources
 	u.sources = nil
 	u.mu.Unlock()
 	u.cancel(nil)
-	p.recent.add(p.finished(u, sources))
 	for _, s := range sources {
 		closeSource(s)
 	}
@@ -280,13 +298,13 @@ func (p *Puller) run(ctx context.Context, u *unpack) {
 		entry.WithError(err).Warn("layer not unpacked")
 		return
 	}
-	entry.WithField("diffid", l.DiffID).WithField("bytes", l.Size).Debug("layer unpacked")
+	entry.WithField("diffid", l.DiffID).WithField("bytes", l.Size).WithField("tail", done.TailSeconds).Debug("layer unpacked")
 }
 
 func (p *Puller) produce(ctx context.Context, u *unpack) (*layer.Layer, error) {
 	var lost error
 	for range maxRestarts {
-		f := &follower{u: u, workers: p.workers, lost: lost}
+		f := &follower{u: u, lease: &lease{workers: p.workers}, lost: lost}
 		l, err := p.write(ctx, u, f)
 		if err == nil {
 			if err = p.verify(ctx, u, f); err == nil {
@@ -315,18 +333,26 @@ func (p *Puller) write(ctx context.Context, u *unpack, f *follower) (*layer.Laye
 	u.phase.Store(phaseUnpacking)
 	u.read.Store(0)
 	u.written.Store(0)
-	ctx, cancel := context.WithCancel(ctx)
-	defer cancel()
-	r, err := decompress.NewReader(ctx, f.reader(ctx))
-	if err != nil {
-		return nil, f.explain(err)
-	}
-	defer r.Close()
-	l, err := p.layers.Write(ctx, timed(r, &u.times.reading), u.written.Store)
+	l, err := p.decompress(ctx, u, f)
 	if err != nil {
 		return nil, f.explain(err)
 	}
 	return l, nil
+}
+
+// decompress returns when nobody reads the follower any more.
+func (p *Puller) decompress(ctx context.Context, u *unpack, f *follower) (_ *layer.Layer, err error) {
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(errEnded)
+	r, err := decompress.NewReader(ctx, f.reader(ctx), decompress.WithBudget(p.budget), decompress.WithIdle(f.idle))
+	if err != nil {
+		return nil, err
+	}
+	defer func() {
+		cancel(errEnded) // Close waits for a reader that waits for bytes
+		err = errors.Join(err, r.Close())
+	}()
+	return p.layers.Write(ctx, u.clock.timed(r), u.written.Store)
 }
 
 // verify waits until the compressed bytes are known to be the blob's. Only then

@@ -20,6 +20,8 @@ type Report struct {
 	Started time.Time `json:"started"`
 	Root    string    `json:"root"`
 	Mount   Mount     `json:"mount"`
+	// Discarded are blobs that the store answers for without having their bytes.
+	Discarded Discarded `json:"discarded"`
 	// Transfers are the blobs known to the transfer manager, under way or just finished.
 	Transfers []Transfer `json:"transfers"`
 	// Unpacks are the layers being unpacked.
@@ -32,6 +34,12 @@ type Report struct {
 type Mount struct {
 	Mode   string `json:"mode"`   // file, loop or directory
 	Reason string `json:"reason"` // why not the one before it
+}
+
+// Discarded counts blobs and their bytes.
+type Discarded struct {
+	Blobs int   `json:"blobs"`
+	Size  int64 `json:"size"` // bytes that are not there
 }
 
 // Transfer is a blob on its way from a registry, or what is left of it on disk: then Started is when it was written last.
@@ -74,7 +82,11 @@ type Layer struct {
 	Fetched   int64         `json:"fetched"`           // bytes that gantryd fetched for it
 	Started   time.Time     `json:"started"`
 	Seconds   Seconds       `json:"seconds"`
-	Error     string        `json:"error,omitempty"`
+	// TailSeconds is what was left to do when the last compressed byte had arrived, until the layer could be mounted:
+	// its bytes verified, its file durable, its index written. How long containerd took to ask for the latter is not
+	// in it. 0: not known, because the bytes did not come by a transfer of gantryd's.
+	TailSeconds float64 `json:"tail_seconds,omitempty"`
+	Error       string  `json:"error,omitempty"`
 }
 
 // Seconds are the parts of one layer's way. They overlap, because gantry
@@ -84,9 +96,10 @@ type Seconds struct {
 	Queued     float64 `json:"queued"`     // until an unpack worker was free
 	Wait       float64 `json:"wait"`       // for the first byte
 	Download   float64 `json:"download"`   // from the first byte to the last
-	Starved    float64 `json:"starved"`    // the decompressor waited for bytes
-	Decompress float64 `json:"decompress"` // decompressing, without waiting for bytes
-	Write      float64 `json:"write"`      // writing the layer file
+	Starved    float64 `json:"starved"`    // hash, scan and write waited for bytes to arrive
+	Decompress float64 `json:"decompress"` // they waited for the decompressor, which had bytes
+	Write      float64 `json:"write"`      // writing the layer file; waiting for the disk to keep up is in it
 	Verify     float64 `json:"verify"`     // after the last byte, until the digest was known good
 	Commit     float64 `json:"commit"`     // making the layer file durable
+	Index      float64 `json:"index"`      // making it the content of its snapshot: index and mount; 0 until containerd asks
 }

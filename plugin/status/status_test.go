@@ -55,7 +55,7 @@ func TestGet(t *testing.T) {
 		// More than a float64 holds exactly: the report must not go through one.
 		Transfers: []Transfer{{Digest: blob, Size: 1<<60 + 1, Frontier: 3, Received: 4, Rate: 5.5, Phase: "fetching", Hosts: []string{"a"}, Connections: 7, Waiters: 2, Started: now}},
 		Unpacks:   []Unpack{{Digest: blob, Size: 9, Read: 1, Written: 2, Phase: "unpacking", Started: now}},
-		Recent:    []Layer{{Namespace: "n", Image: "i", Digest: blob, DiffID: blob, Started: now, Seconds: Seconds{1, 2, 3, 4, 5, 6, 7, 8, 9}}},
+		Recent:    []Layer{{Namespace: "n", Image: "i", Digest: blob, DiffID: blob, Started: now, Seconds: Seconds{1, 2, 3, 4, 5, 6, 7, 8, 9, 10}, TailSeconds: 0.25}},
 	}
 	seen := ""
 	conn := serve(t, serverFunc(func(context.Context) (*Report, error) { return want, nil }),

@@ -65,7 +65,7 @@ func (m *mapper) find(in *Inode) ([]run, error) {
 	}
 	m.runs = out
 	for i := range out {
-		if err := m.fit(&out[i], in.Size); err != nil {
+		if err := m.fit(&out[i], in); err != nil {
 			return nil, err
 		}
 	}
@@ -73,16 +73,19 @@ func (m *mapper) find(in *Inode) ([]run, error) {
 }
 
 // fit sets the part of a run that can be mapped.
-func (m *mapper) fit(r *run, size int64) error {
+func (m *mapper) fit(r *run, in *Inode) error {
 	if (r.off^r.dev)&(BlockSize-1) != 0 {
 		return nil
 	}
 	r.mapOff = align(r.off, BlockSize)
 	r.mapEnd = r.end &^ (BlockSize - 1)
-	if r.end == size && r.end != r.mapEnd {
-		clean, err := m.padded(r.dev + r.end - r.off)
-		if err != nil {
-			return err
+	if r.end == in.Size && r.end != r.mapEnd {
+		clean := in.Padded
+		if !clean {
+			var err error
+			if clean, err = m.padded(r.dev + r.end - r.off); err != nil {
+				return err
+			}
 		}
 		if clean {
 			r.mapEnd += BlockSize

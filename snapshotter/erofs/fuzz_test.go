@@ -130,6 +130,7 @@ func (s *script) tree() *Inode {
 			dirs = append(dirs, in)
 		case k < 3 && len(s.inodes) > 0:
 			in = s.inodes[s.number(int64(len(s.inodes)))]
+			in.Shared = true
 		default:
 			in = s.inode()
 			s.inodes = append(s.inodes, in)

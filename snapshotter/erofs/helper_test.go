@@ -162,7 +162,17 @@ func everything() (*Inode, []byte) {
 			pad(c.Inode, layer)
 		}
 	}
-	return root, layer
+	return share(root), layer
+}
+
+// share marks what has several names, as whoever makes them must.
+func share(root *Inode) *Inode {
+	for in, n := range wantNlink(root) {
+		if n > 1 && in.Mode&unix.S_IFMT != unix.S_IFDIR {
+			in.Shared = true
+		}
+	}
+	return root
 }
 
 // pad puts zeros behind the end of a file, as tar does.

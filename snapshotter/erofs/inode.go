@@ -19,16 +19,16 @@ package erofs
 // 512-byte boundaries, so 512 is what lets an index point at them in place.
 const BlockSize = 512
 
-// Inode is one file of the image. Two directory entries that share an *Inode
-// are hard links. An Inode must not be changed while Write runs.
+// Inode is one file of the image. Directory entries that have the same *Inode,
+// which is Shared then, are hard links. An Inode must not be changed while Write runs.
 type Inode struct {
 	// Mode holds the type and permission bits as in st_mode (S_IFREG, ...).
 	Mode uint32
 	UID  uint32
 	GID  uint32
 	// Mtime is in seconds since 1970, MtimeNsec below 1e9.
-	Mtime     int64
 	MtimeNsec uint32
+	Mtime     int64
 	// Rdev is the device number of character and block devices, in the
 	// encoding of golang.org/x/sys/unix.Mkdev.
 	Rdev uint64
@@ -43,6 +43,12 @@ type Inode struct {
 	Data []Extent
 	// Children are the entries of a directory, in any order, without "." and "..".
 	Children []Dirent
+	// Shared must be set on an inode, no directory, that more than one entry has;
+	// each of the names becomes a file of its own otherwise. It may be set on others.
+	Shared bool
+	// Padded says that the layer has zeros from the end of the last extent to the
+	// end of that block, so that Write need not look.
+	Padded bool
 }
 
 // Dirent names an inode in a directory. Names are bytes, not text.

@@ -20,8 +20,7 @@ const (
 
 // node is one inode of the image in the making.
 type node struct {
-	in   *Inode
-	name string // of its first link, for error messages
+	in *Inode
 	// parent is the index of the directory that holds its first link.
 	parent int32
 	// dir is a directory's index in tree.dirs; tail is the first entry of its
@@ -50,10 +49,31 @@ const (
 	placeChunks              // a table of chunks
 )
 
-// entry is a name in a directory.
-type entry struct {
-	name string
-	node int32
+// directory is what a directory has in it: sorted entries with their nodes, and
+// where among them "." and ".." go.
+type directory struct {
+	entries     []Dirent
+	nodes       []int32
+	dot, dotdot int32 // how many entries are before each
+	self, up    int32
+}
+
+// count is the number of entries on disk.
+func (d *directory) count() int { return len(d.entries) + 2 }
+
+// at returns entry i of those on disk.
+func (d *directory) at(i int) (name string, node int32) {
+	switch dot, dotdot := int(d.dot), int(d.dotdot)+1; {
+	case i == dot:
+		return ".", d.self
+	case i == dotdot:
+		return "..", d.up
+	case i > dotdot:
+		i -= 2
+	case i > dot:
+		i--
+	}
+	return d.entries[i].Name, d.nodes[i]
 }
 
 // nodeShard is how many nodes are allocated at once: a slice that grows would
@@ -63,12 +83,12 @@ const nodeShard = 1 << 12
 // tree is the input, checked and flattened: nodes in the order in which they
 // are stored, directory by directory, each directory's inodes side by side.
 type tree struct {
-	shards  [][]node
-	count   int32
-	dirs    [][]entry // with "." and ".."
-	seen    map[*Inode]int32
-	scratch []Dirent
-	epoch   majority
+	shards [][]node
+	count  int32
+	dirs   []directory
+	seen   map[*Inode]int32 // of directories and what has more than one name
+	naming string           // the entry that is being added, for error messages
+	epoch  majority
 }
 
 func (t *tree) node(i int32) *node { return &t.shards[i/nodeShard][i%nodeShard] }
@@ -94,49 +114,65 @@ func flatten(root *Inode) (*tree, error) {
 		}
 		slices.Reverse(stack[from:])
 	}
-	t.seen = nil
+	t.seen, t.naming = nil, ""
 	return t, nil
 }
 
 // list adds the entries of a directory in their order on disk and pushes its
 // subdirectories.
 func (t *tree) list(dir int32, stack []int32) ([]int32, error) {
-	d := t.node(dir)
-	if len(d.in.Children) > math.MaxInt32-2 {
+	n := t.node(dir)
+	entries, err := t.sorted(dir, n.in.Children)
+	if err != nil {
+		return nil, err
+	}
+	d := directory{entries: entries, nodes: make([]int32, len(entries)), self: dir, up: n.parent}
+	n.dir = int32(len(t.dirs))
+	t.dirs = append(t.dirs, d)
+	for i, c := range entries {
+		if d.nodes[i], stack, err = t.link(dir, c, stack); err != nil {
+			return nil, err
+		}
+		if c.Name < "." {
+			d.dot = int32(i) + 1
+		}
+		if c.Name < ".." {
+			d.dotdot = int32(i) + 1
+		}
+	}
+	t.dirs[n.dir] = d
+	return stack, nil
+}
+
+// sorted checks the names of a directory and returns its entries in order:
+// itself where they are.
+func (t *tree) sorted(dir int32, entries []Dirent) ([]Dirent, error) {
+	if len(entries) > math.MaxInt32-2 {
 		return nil, t.errorf(dir, "more than %d entries: %w", math.MaxInt32, errdefs.ErrOutOfRange)
 	}
-	self, parent := Dirent{Name: "."}, Dirent{Name: ".."}
-	t.scratch = append(append(t.scratch[:0], self, parent), d.in.Children...)
-	for _, c := range t.scratch[2:] {
+	inOrder := true
+	for i, c := range entries {
 		if err := checkName(c.Name); err != nil {
 			return nil, t.errorf(dir, "entry %s: %w", quote(c.Name), err)
 		}
+		inOrder = inOrder && (i == 0 || entries[i-1].Name < c.Name)
 	}
-	slices.SortFunc(t.scratch, func(a, b Dirent) int { return strings.Compare(a.Name, b.Name) })
-	entries := make([]entry, len(t.scratch))
-	d.dir = int32(len(t.dirs))
-	t.dirs = append(t.dirs, entries)
-	for i, c := range t.scratch {
-		idx := dir
-		switch {
-		case i > 0 && t.scratch[i-1].Name == c.Name:
+	if inOrder {
+		return entries, nil
+	}
+	entries = slices.Clone(entries)
+	slices.SortFunc(entries, func(a, b Dirent) int { return strings.Compare(a.Name, b.Name) })
+	for i, c := range entries[1:] {
+		if entries[i].Name == c.Name {
 			return nil, t.errorf(dir, "entry %s appears twice: %w", quote(c.Name), errdefs.ErrInvalidArgument)
-		case c.Name == "..":
-			idx = d.parent
-		case c.Name != ".":
-			var err error
-			if idx, stack, err = t.link(dir, c, stack); err != nil {
-				return nil, err
-			}
 		}
-		entries[i] = entry{c.Name, idx}
 	}
-	return stack, nil
+	return entries, nil
 }
 
 // link makes c an entry of dir, adding its inode at its first name.
 func (t *tree) link(dir int32, c Dirent, stack []int32) (int32, []int32, error) {
-	if idx, ok := t.seen[c.Inode]; ok {
+	if idx, ok := t.known(c.Inode); ok {
 		n := t.node(idx)
 		if n.isDir() {
 			return 0, nil, t.errorf(dir, "entry %s: a directory cannot have two names: %w", quote(c.Name), errdefs.ErrInvalidArgument)
@@ -155,6 +191,15 @@ func (t *tree) link(dir int32, c Dirent, stack []int32) (int32, []int32, error) 
 	return idx, stack, nil
 }
 
+// known returns the node of an inode that may have several names and had one.
+func (t *tree) known(in *Inode) (int32, bool) {
+	if in == nil || !in.Shared && in.Mode&unix.S_IFMT != unix.S_IFDIR {
+		return 0, false
+	}
+	idx, ok := t.seen[in]
+	return idx, ok
+}
+
 // add appends an inode and checks what can be checked on it alone.
 func (t *tree) add(in *Inode, parent int32, name string) (int32, error) {
 	if in == nil {
@@ -168,7 +213,8 @@ func (t *tree) add(in *Inode, parent int32, name string) (int32, error) {
 		t.shards = append(t.shards, make([]node, nodeShard))
 	}
 	n := t.node(idx)
-	*n = node{in: in, parent: parent, name: name, nlink: 1}
+	*n = node{in: in, parent: parent, nlink: 1}
+	t.naming = name
 	if err := n.check(); err != nil {
 		return 0, t.errorf(idx, "%w", err)
 	}
@@ -176,7 +222,9 @@ func (t *tree) add(in *Inode, parent int32, name string) (int32, error) {
 		n.nlink = 2
 	}
 	t.epoch.vote(in.Mtime, in.MtimeNsec)
-	t.seen[in] = idx
+	if in.Shared || n.isDir() {
+		t.seen[in] = idx
+	}
 	return idx, nil
 }
 
@@ -252,12 +300,24 @@ func (t *tree) errorf(idx int32, format string, args ...any) error {
 func (t *tree) path(idx int32) string {
 	var names []string
 	for idx != 0 {
-		n := t.node(idx)
-		names = append(names, n.name)
-		idx = n.parent
+		parent := t.node(idx).parent
+		names = append(names, t.name(idx, parent))
+		idx = parent
 	}
 	slices.Reverse(names)
 	return "/" + strings.Join(names, "/")
+}
+
+// name is the first name of a node.
+func (t *tree) name(idx, parent int32) string {
+	if idx == t.count-1 && t.naming != "" {
+		return t.naming
+	}
+	d := &t.dirs[t.node(parent).dir]
+	if i := slices.Index(d.nodes, idx); i >= 0 {
+		return d.entries[i].Name
+	}
+	return "?"
 }
 
 // quote keeps a hostile name from flooding a log.

@@ -87,7 +87,8 @@ func (l *layout) writeInodes(s *sink) {
 		case n.place == placeChunks:
 			l.writeChunkTable(s, n)
 		case n.place == placeInline && n.isDir():
-			l.writeDirBlock(s, l.dirs[n.dir][n.tail:])
+			d := &l.dirs[n.dir]
+			l.writeDirBlock(s, d, int(n.tail), d.count())
 		case n.place == placeInline:
 			s.writeString(n.in.Target)
 		}

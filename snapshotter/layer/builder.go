@@ -20,6 +20,10 @@ const (
 	opaqueXattr    = "trusted.overlay.opaque"
 )
 
+// inodeBytes is the memory of an inode with its entry and its extent, without
+// names and attributes: 120, 24 and 24 bytes, and what slices have in reserve.
+const inodeBytes = 175
+
 // inherit says what a directory has from the parents of the layer.
 type inherit uint8
 
@@ -34,6 +38,8 @@ const (
 type builder struct {
 	tree
 	entries int
+	made    int // inodes
+	most    int // of members, and again of directories that they imply
 	held    int64
 	inherit map[*erofs.Inode]inherit
 	index   map[*erofs.Inode]map[string]int // of large directories: name to place in Children
@@ -43,11 +49,16 @@ type builder struct {
 	// leads to then gets them.
 	times []dirTime
 
-	lastName, lastPath string // the parent of the member before, see remember
-	lastDir            *erofs.Inode
+	fresh *erofs.Inode // the regular file that the last member made, if it did
 
-	inodes  []erofs.Inode  // room for the next ones
-	extents []erofs.Extent // likewise
+	// The parent of the member before, see remember: as the tar wrote it, clean,
+	// and resolved.
+	lastRaw, lastName, lastPath string
+	lastDir                     *erofs.Inode
+
+	inodes  []erofs.Inode    // room for the next ones
+	extents []erofs.Extent   // likewise
+	names   *strings.Builder // likewise
 }
 
 type dirTime struct {
@@ -58,6 +69,7 @@ type dirTime struct {
 
 func newBuilder(prefix int) *builder {
 	b := &builder{
+		most:    MaxEntries,
 		inherit: make(map[*erofs.Inode]inherit),
 		index:   make(map[*erofs.Inode]map[string]int),
 	}
@@ -68,11 +80,10 @@ func newBuilder(prefix int) *builder {
 
 // apply enters one member. Its errors are those for which Apply fails.
 func (b *builder) apply(hdr *tar.Header, extents []erofs.Extent) error {
-	if b.entries++; b.entries > MaxEntries {
-		return fmt.Errorf("more than %d members", MaxEntries)
+	if b.entries++; b.entries > b.most {
+		return fmt.Errorf("more than %d members", b.most)
 	}
-	name := filepath.Clean(hdr.Name)
-	given, base := filepath.Split(name)
+	given, base := b.split(hdr.Name)
 	parent, err := b.resolve(given)
 	if err != nil {
 		return err
@@ -84,14 +95,14 @@ func (b *builder) apply(hdr *tar.Header, extents []erofs.Extent) error {
 	if err != nil {
 		return err
 	}
-	b.remember(given, parent, dir)
+	b.remember(hdr.Name, given, parent, dir)
 	if strings.HasPrefix(base, whiteoutPrefix) {
 		return b.whiteout(dir, parent, base, hdr)
 	}
-	return b.replace(dir, join(parent, base), base, hdr, extents)
+	return b.replace(dir, parent, base, hdr, extents)
 }
 
-func (b *builder) replace(dir *erofs.Inode, path, base string, hdr *tar.Header, extents []erofs.Extent) error {
+func (b *builder) replace(dir *erofs.Inode, parent, base string, hdr *tar.Header, extents []erofs.Extent) error {
 	old := b.child(dir, base)
 	if old != nil && (!isDir(old) || hdr.Typeflag != tar.TypeDir) {
 		b.remove(dir, base)
@@ -100,7 +111,7 @@ func (b *builder) replace(dir *erofs.Inode, path, base string, hdr *tar.Header, 
 	if hdr.Typeflag == tar.TypeXGlobalHeader {
 		return nil // it has no file of its own, but it has just removed one
 	}
-	if err := b.checkNew(path, base); err != nil {
+	if err := b.checkNew(parent, base); err != nil {
 		return err
 	}
 	n, err := b.create(dir, old, hdr, extents)
@@ -124,20 +135,13 @@ func (b *builder) replace(dir *erofs.Inode, path, base string, hdr *tar.Header, 
 	return nil
 }
 
-// join appends one name to a clean path.
-func join(path, name string) string {
-	if path == "/" {
-		return path + name
-	}
-	return path + "/" + name
-}
-
-// checkNew refuses a name that the kernel would refuse to create.
-func (b *builder) checkNew(path, base string) error {
+// checkNew refuses a name that the kernel would refuse to create in the
+// directory at the clean path parent.
+func (b *builder) checkNew(parent, base string) error {
 	if len(base) > nameMax {
 		return unix.ENAMETOOLONG
 	}
-	return b.checkPath(path)
+	return b.checkLen(len(strings.TrimSuffix(parent, "/")) + 1 + len(base))
 }
 
 // create returns the inode for the member: a new one, the directory that is
@@ -153,6 +157,7 @@ func (b *builder) create(dir, old *erofs.Inode, hdr *tar.Header, extents []erofs
 	case tar.TypeReg:
 		n := b.newInode(dir, unix.S_IFREG)
 		n.Size, n.Data = hdr.Size, extents
+		b.fresh = n
 		return n, b.hold(24 * len(extents))
 	case tar.TypeLink:
 		return b.linkTarget(hdr.Linkname)
@@ -197,7 +202,7 @@ func (b *builder) symlink(dir *erofs.Inode, target string) (*erofs.Inode, error)
 	}
 	n := b.newInode(dir, unix.S_IFLNK)
 	n.Mode |= 0o777
-	n.Target = strings.Clone(target)
+	n.Target = b.keep(target)
 	return n, b.hold(len(target))
 }
 
@@ -219,6 +224,7 @@ func (b *builder) linkTarget(name string) (*erofs.Inode, error) {
 	if err != nil {
 		return nil, fmt.Errorf("hard link to %q: %w", name, err)
 	}
+	n.Shared = true
 	return n, nil
 }
 
@@ -256,7 +262,7 @@ func (b *builder) whiteout(dir *erofs.Inode, parent, base string, hdr *tar.Heade
 	if base == "" || base == "." || base == ".." {
 		return errors.New("whiteout of no name")
 	}
-	if err := b.checkNew(join(parent, base), base); err != nil {
+	if err := b.checkNew(parent, base); err != nil {
 		return err
 	}
 	if b.child(dir, base) != nil {
@@ -285,7 +291,7 @@ func (b *builder) finish() (*Table, error) {
 		}
 	}
 	sortTree(b.root)
-	t := &Table{inherit: b.inherit, entries: b.entries}
+	t := &Table{inherit: b.inherit, entries: b.entries, bytes: inodeBytes*int64(b.made) + b.held}
 	t.tree = tree{root: b.root, find: findSorted, prefix: b.prefix}
 	return t, nil
 }

@@ -38,13 +38,13 @@ import (
 
 // Options of a Cache. Zero values are the defaults.
 type Options struct {
-	// TableEntries is how many tar members the tables kept in memory may have
-	// together (default 500,000, at about 250 bytes each). A single table above
-	// it is not kept.
-	TableEntries int
+	// TableBytes is how much memory the tables that are kept may take together
+	// (default 128 MiB, room for about 650,000 files). A single table above it is
+	// not kept.
+	TableBytes int64
 }
 
-const defaultTableEntries = 500_000
+const defaultTableBytes = 128 << 20
 
 // Layer is one layer file.
 type Layer struct {
@@ -68,6 +68,7 @@ type Cache struct {
 	tables *tableCache
 	prefix int
 	onSync func(path string) // tests see here what is made durable, and when
+	flush  flushFunc         // sync_file_range, but in tests
 
 	mu   sync.Mutex // held while a layer file gets its name or loses it
 	pins map[digest.Digest]int
@@ -77,17 +78,18 @@ type Cache struct {
 // earlier process left unfinished. The folder above root outlives a power loss if
 // the caller has seen to it.
 func Open(root string, o Options) (*Cache, error) {
-	if o.TableEntries == 0 {
-		o.TableEntries = defaultTableEntries
+	if o.TableBytes == 0 {
+		o.TableBytes = defaultTableBytes
 	}
-	if o.TableEntries < 0 {
-		return nil, fmt.Errorf("table entries %d: %w", o.TableEntries, errdefs.ErrInvalidArgument)
+	if o.TableBytes < 0 {
+		return nil, fmt.Errorf("%d bytes of tables: %w", o.TableBytes, errdefs.ErrInvalidArgument)
 	}
 	c := &Cache{
 		root:   root,
-		tables: newTableCache(o.TableEntries),
+		tables: newTableCache(o.TableBytes),
 		prefix: len(defaultPrefix),
 		pins:   make(map[digest.Digest]int),
+		flush:  unix.SyncFileRange,
 	}
 	if err := os.RemoveAll(c.tmpDir()); err != nil {
 		return nil, fmt.Errorf("unfinished layer files: %w", err)
@@ -119,11 +121,12 @@ func (c *Cache) path(diffID digest.Digest) (string, error) {
 }
 
 // Write makes the layer file of an uncompressed tar stream. When it returns,
-// file and name are durable. progress, if not nil, is called from another
-// goroutine with the bytes written so far. A layer that the cache has already
-// is kept as it is. What r fails with is passed on; a tar that containerd would
-// refuse gives errdefs.ErrInvalidArgument. A Read of r that blocks must end
-// when ctx does. Pin the DiffID first, if it is known and Sweep may run.
+// file and name are durable. Where r is Blocks too, it is used as such and never
+// read. progress, if not nil, is called from another goroutine with the bytes
+// written so far. A layer that the cache has already is kept as it is. What r
+// fails with is passed on; a tar that containerd would refuse gives
+// errdefs.ErrInvalidArgument. A Read or Next of r that blocks must end when ctx
+// does. Pin the DiffID first, if it is known and Sweep may run.
 func (c *Cache) Write(ctx context.Context, r io.Reader, progress func(written int64)) (_ *Layer, err error) {
 	start := time.Now()
 	f, err := os.CreateTemp(c.tmpDir(), "layer-")
@@ -136,41 +139,32 @@ func (c *Cache) Write(ctx context.Context, r io.Reader, progress func(written in
 			err = errors.Join(err, rerr)
 		}
 	}()
-	p := &pipeline{in: r, file: f, progress: progress, prefix: c.prefix}
-	if err := p.run(ctx); err != nil {
+	p := &pipeline{file: f, progress: progress, prefix: c.prefix, flush: c.flush, syncing: c.syncing}
+	if err := p.run(ctx, r); err != nil {
 		return nil, err
 	}
-	l := &Layer{DiffID: p.diffID, Size: p.size, Table: p.table}
-	synced := time.Now()
+	l := &Layer{DiffID: p.diffID, Size: p.size, Table: p.table, Timings: p.timings}
+	named := time.Now()
 	if err := c.publish(f, l); err != nil {
 		return nil, fmt.Errorf("layer %s: %w", l.DiffID, err)
 	}
-	l.Timings = p.timings
-	l.Timings.Sync = time.Since(synced)
+	l.Timings.Sync += time.Since(named)
+	l.Timings.Tail = time.Since(p.ended)
 	l.Timings.Total = time.Since(start)
 	c.tables.put(l.DiffID, l.Table)
 	return l, nil
 }
 
-// publish gives the finished file its name, durably.
+// publish gives the finished file, which is durable, its name, durably.
 func (c *Cache) publish(f *os.File, l *Layer) (err error) {
 	if l.Path, err = c.path(l.DiffID); err != nil {
 		return err
 	}
-	if l.Existed = c.adopt(l); !l.Existed {
-		if err := f.Chmod(0o600); err != nil {
-			return err
-		}
-		c.syncing(f.Name())
-		if err := f.Sync(); err != nil {
-			return fmt.Errorf("sync layer file: %w", err)
-		}
-		if err := f.Close(); err != nil {
-			return err
-		}
-		if err := c.rename(f.Name(), l); err != nil {
-			return err
-		}
+	if err := f.Close(); err != nil {
+		return err
+	}
+	if err := c.rename(f.Name(), l); err != nil {
+		return err
 	}
 	c.syncing(c.layerDir())
 	return syncDir(c.layerDir())
@@ -186,15 +180,9 @@ func (c *Cache) rename(tmp string, l *Layer) error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if l.Existed = c.adoptLocked(l); l.Existed {
-		return nil // another Write of the same layer was faster
+		return nil
 	}
 	return os.Rename(tmp, l.Path)
-}
-
-func (c *Cache) adopt(l *Layer) bool {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	return c.adoptLocked(l)
 }
 
 // adoptLocked reports whether the file is there in full, and makes it young for

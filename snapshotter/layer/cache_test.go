@@ -3,7 +3,6 @@ package layer
 import (
 	"bytes"
 	"context"
-	"crypto/sha256"
 	"errors"
 	"fmt"
 	"io"
@@ -240,8 +239,8 @@ func TestOpenRemovesUnfinished(t *testing.T) {
 		t.Fatal(err)
 	}
 	checkNoTemp(t, c)
-	if _, err := Open(root, Options{TableEntries: -1}); !errdefs.IsInvalidArgument(err) {
-		t.Errorf("negative table entries: %v", err)
+	if _, err := Open(root, Options{TableBytes: -1}); !errdefs.IsInvalidArgument(err) {
+		t.Errorf("a negative number of bytes: %v", err)
 	}
 }
 
@@ -289,13 +288,13 @@ func TestGetRescans(t *testing.T) {
 
 func TestTableCache(t *testing.T) {
 	t.Parallel()
-	c := newTableCache(10)
+	c := newTableCache(10_000)
 	ids := []digest.Digest{"a", "b", "c", "big"}
 	for i, id := range ids {
-		c.put(id, &Table{entries: []int{4, 4, 4, 20}[i]})
+		c.put(id, &Table{bytes: []int64{3000, 3000, 3000, 20_000}[i]})
 	}
-	if len(c.byID) != 2 || c.byID["a"] != nil || c.byID["big"] != nil || c.entries != 10 {
-		t.Errorf("kept %v with %d entries", c.byID, c.entries)
+	if len(c.byID) != 2 || c.byID["a"] != nil || c.byID["big"] != nil || c.bytes != 2*(3000+1<<10) {
+		t.Errorf("kept %v with %d bytes", c.byID, c.bytes)
 	}
 }
 
@@ -303,7 +302,7 @@ func TestTableCache(t *testing.T) {
 // ends when nobody does.
 func TestTableCacheSharesOneScan(t *testing.T) {
 	t.Parallel()
-	c := newTableCache(10)
+	c := newTableCache(10_000)
 	started, ended := make(chan struct{}, 2), make(chan struct{})
 	release := make(chan struct{})
 	scan := func(ctx context.Context) (*Table, error) {
@@ -505,6 +504,13 @@ func TestLimits(t *testing.T) {
 	if err := m.build.apply(nil, nil); err == nil {
 		t.Error("no limit on entries")
 	}
+	deep := newBuilder(0)
+	deep.most = 100
+	m = scanner{tape: &tape{src: readerSource{bytes.NewReader(makeTar(file(strings.Repeat("d/", 99)+"f", ""), file(strings.Repeat("e/", 99), "")))}}, build: deep}
+	m.headers.tape = m.tape
+	if _, err := m.run(t.Context()); err == nil || !strings.Contains(err.Error(), "implied") {
+		t.Errorf("no limit on implied directories: %v", err)
+	}
 	huge := pax(file("s", ""), "GNU.sparse.major", "0", "GNU.sparse.minor", "1", "GNU.sparse.map", "", "GNU.sparse.numblocks", "0", "GNU.sparse.size", fmt.Sprint(int64(1)<<62))
 	if _, err := Scan(t.Context(), bytes.NewReader(makeTar(huge))); !errdefs.IsInvalidArgument(err) {
 		t.Errorf("a hole of 4 EiB: %v", err)
@@ -525,30 +531,4 @@ func TestXattrSetsAreShared(t *testing.T) {
 	if len(a.Xattrs) != 1 || len(b.Xattrs) != 2 {
 		t.Errorf("a has %v, b has %v: one changed the other", a.Xattrs, b.Xattrs)
 	}
-}
-
-func BenchmarkWrite(b *testing.B) {
-	noise := randomBytes(rand.New(rand.NewPCG(1, 1)), 64<<20)
-	var w rawTar
-	for i := range 4 {
-		w.add(file(fmt.Sprint("f", i), string(noise)))
-	}
-	tar := w.end()
-	c := newCache(b, Options{})
-	b.SetBytes(int64(len(tar)))
-	var t Timings
-	for i := range b.N {
-		tar[600] = byte(i)
-		l, err := c.Write(b.Context(), bytes.NewReader(tar), nil)
-		if err != nil {
-			b.Fatal(err)
-		}
-		t = l.Timings
-		_ = os.Remove(l.Path)
-	}
-	b.Logf("%+v", t)
-	b.ReportMetric(float64(t.Sync.Milliseconds()), "sync-ms")
-	start := time.Now()
-	sha256.Sum256(tar)
-	b.ReportMetric(float64(len(tar))/1e6/time.Since(start).Seconds(), "sha256-MB/s")
 }

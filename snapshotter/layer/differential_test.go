@@ -251,6 +251,7 @@ func bothCases() map[string][]byte {
 		"root by slash":    makeTar(dir("/"), file("/a", "x")),
 		"root as file":     makeTar(file(".", "ignored"), file("a", "x")),
 		"dots":             makeTar(file("../../a", "x"), file("/../b", "y"), file("c/../../d", "z"), file("..", "gone")),
+		"dot at the end":   makeTar(dir("d/"), file("d/a/b/.", "x"), file("d/a/b/c", "y"), dir("d/e/../f/"), file("d/e/g", "z"), dir("./h//i/"), file("./h//j", ""), dir("./h//k//"), file("./h//k/.", ""), file("./h//..", "")),
 		"double slash":     makeTar(file("a//b///c", "x")),
 		"implied":          makeTar(file("m/n/o", "x")),
 		"implied later":    makeTar(file("m/o", "x"), with(dir("m"), func(m *member) { m.mode = 0o1777 })),

@@ -2,6 +2,7 @@ package layer
 
 import (
 	"cmp"
+	"fmt"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -10,6 +11,9 @@ import (
 
 	"github.com/gantryd/gantry/snapshotter/erofs"
 )
+
+// namesShard is how many bytes of names are allocated at once.
+const namesShard = 32 << 10
 
 // indexFrom is the number of children from which a directory gets a map.
 const indexFrom = 16
@@ -69,6 +73,9 @@ func (b *builder) mkparent(path string) (*erofs.Inode, error) {
 			if len(name) > nameMax {
 				return nil, unix.ENAMETOOLONG
 			}
+			if b.made >= b.most {
+				return nil, fmt.Errorf("more than %d files and implied directories", b.most)
+			}
 			n = b.newInode(dir, unix.S_IFDIR|0o755)
 			b.xattrs.chmod(n, 0o755) // a default ACL of dir has changed it
 			b.inherit[n] = inheritAttrs | inheritMtime | inheritXattrs
@@ -86,21 +93,52 @@ func (b *builder) mkparent(path string) (*erofs.Inode, error) {
 // remember keeps the parent of a member, as most tars hold a directory's files
 // one after the other. Only a path that no symlink is part of stays valid until
 // something is removed.
-func (b *builder) remember(name, path string, dir *erofs.Inode) {
+func (b *builder) remember(member, name, path string, dir *erofs.Inode) {
 	if b.lastDir == nil || b.lastName != name {
 		b.lastDir = nil
 		if filepath.Join("/", name) != path {
 			return
 		}
+		b.lastRaw, _ = filepath.Split(strings.TrimSuffix(member, "/"))
+		if filepath.Clean(b.lastRaw) != filepath.Clean(name) { // "a/b/." is in "a/"
+			b.lastRaw = name
+		}
 		b.lastName, b.lastPath, b.lastDir = name, path, dir
 	}
 }
 
+// split is filepath.Split of the clean name, quick in the directory of the
+// member before.
+func (b *builder) split(member string) (dir, base string) {
+	if b.lastDir != nil && len(member) > len(b.lastRaw) && member[:len(b.lastRaw)] == b.lastRaw {
+		base = strings.TrimSuffix(member[len(b.lastRaw):], "/")
+		if base != "" && base != "." && base != ".." && strings.IndexByte(base, '/') < 0 {
+			return b.lastName, base
+		}
+	}
+	return filepath.Split(filepath.Clean(member))
+}
+
+// keep copies a string that the tree refers to for long next to others.
+func (b *builder) keep(s string) string {
+	if b.names == nil || b.names.Cap()-b.names.Len() < len(s) {
+		b.names = new(strings.Builder)
+		b.names.Grow(max(len(s), min(namesShard, 32*b.entries)))
+	}
+	at := b.names.Len()
+	b.names.WriteString(s)
+	return b.names.String()[at:]
+}
+
+// room is how many inodes or extents are allocated at once.
+func (b *builder) room() int { return min(16+b.entries/2, 273) }
+
 // newInode returns an inode as a file created in dir gets it.
 func (b *builder) newInode(dir *erofs.Inode, mode uint32) *erofs.Inode {
 	if len(b.inodes) == 0 {
-		b.inodes = make([]erofs.Inode, 64)
+		b.inodes = make([]erofs.Inode, b.room())
 	}
+	b.made++
 	n := &b.inodes[0]
 	b.inodes = b.inodes[1:]
 	n.Mode = mode
@@ -114,7 +152,7 @@ func (b *builder) newInode(dir *erofs.Inode, mode uint32) *erofs.Inode {
 // oneExtent is a list of one, out of a larger allocation.
 func (b *builder) oneExtent(e erofs.Extent) []erofs.Extent {
 	if len(b.extents) == 0 {
-		b.extents = make([]erofs.Extent, 64)
+		b.extents = make([]erofs.Extent, b.room())
 	}
 	list := b.extents[:1:1]
 	b.extents = b.extents[1:]
@@ -140,7 +178,7 @@ func (b *builder) place(dir *erofs.Inode, name string) int {
 }
 
 func (b *builder) add(dir *erofs.Inode, name string, n *erofs.Inode) error {
-	name = strings.Clone(name) // the header's name holds the whole path
+	name = b.keep(name) // the header's name holds the whole path
 	dir.Children = append(dir.Children, erofs.Dirent{Name: name, Inode: n})
 	if index := b.index[dir]; index != nil {
 		index[name] = len(dir.Children) - 1

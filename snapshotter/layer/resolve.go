@@ -121,8 +121,10 @@ func (t *tree) lstat(path string) (uint32, string, error) {
 }
 
 // checkPath refuses what the kernel refuses before it looks at anything.
-func (t *tree) checkPath(path string) error {
-	if t.prefix+len(path) >= pathMax {
+func (t *tree) checkPath(path string) error { return t.checkLen(len(path)) }
+
+func (t *tree) checkLen(n int) error {
+	if t.prefix+n >= pathMax {
 		return unix.ENAMETOOLONG
 	}
 	return nil

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math"
 
 	"github.com/containerd/errdefs"
 
@@ -16,8 +17,9 @@ import (
 // they are far above what images hold and keep a hostile tar, which shrinks a
 // thousandfold when compressed, from filling the memory.
 const (
-	// MaxEntries is how many members a tar may have. At 250 bytes for each in
-	// memory, and some for its index, that is 1.5 GB.
+	// MaxEntries is how many members a tar may have; with more inodes than that it
+	// may imply no further directory. At 200 bytes for each in memory, and some for
+	// its index, that is 1.3 GB.
 	MaxEntries = 4 << 20
 	// MaxHeld bounds the bytes of names, link targets, extended attributes and
 	// sparse maps that a Table keeps.
@@ -45,12 +47,19 @@ func Scan(ctx context.Context, r io.Reader) (*Table, error) {
 
 func scan(ctx context.Context, src source, prefix int) (*Table, error) {
 	s := &scanner{tape: &tape{src: src}, build: newBuilder(prefix)}
-	tr := tar.NewReader(s.tape)
+	s.headers.tape = s.tape
+	return s.run(ctx)
+}
+
+func (s *scanner) run(ctx context.Context) (*Table, error) {
 	for {
 		if s.build.entries%256 == 0 && ctx.Err() != nil {
 			return nil, context.Cause(ctx)
 		}
-		hdr, err := tr.Next()
+		hdr, err := s.headers.next()
+		if s.headers.zero && s.build.fresh != nil {
+			s.build.fresh.Padded = true
+		}
 		if errors.Is(err, io.EOF) {
 			break
 		}
@@ -69,10 +78,11 @@ func scan(ctx context.Context, src source, prefix int) (*Table, error) {
 }
 
 type scanner struct {
-	tape  *tape
-	build *builder
-	last  string // the current member
-	end   int64  // where its data ends
+	tape    *tape
+	headers headers
+	build   *builder
+	last    string // the current member
+	end     int64  // where its data ends
 }
 
 // readError says what was being read when the tar went wrong. An error of the
@@ -94,7 +104,11 @@ func (s *scanner) member(hdr *tar.Header) error {
 	if err != nil {
 		return err
 	}
-	s.last, s.end = hdr.Name, end
+	if end < 0 { // no tar is that long: it ends before
+		end = math.MaxInt64 &^ (blockSize - 1)
+	}
+	s.last, s.end, s.headers.end = hdr.Name, end, end
+	s.build.fresh = nil
 	if err := s.build.apply(hdr, extents); err != nil {
 		return err
 	}
@@ -109,7 +123,8 @@ func (s *scanner) data(hdr *tar.Header) (extents []erofs.Extent, end int64, err 
 	case tar.TypeLink, tar.TypeSymlink, tar.TypeChar, tar.TypeBlock, tar.TypeDir, tar.TypeFifo, tar.TypeXGlobalHeader:
 		return nil, begin, nil // whatever their size field says
 	case tar.TypeGNUSparse:
-		return nil, begin + s.tape.rawSize(), nil
+		size, err := physicalSize(hdr, s.tape)
+		return nil, begin + size, err
 	}
 	version := sparseVersion(hdr)
 	if version == "" {

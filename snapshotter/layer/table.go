@@ -21,6 +21,7 @@ type Table struct {
 	tree
 	inherit map[*erofs.Inode]inherit
 	entries int
+	bytes   int64 // of memory, about
 }
 
 // Len is the number of members of the tar.

@@ -8,13 +8,13 @@ import (
 	"github.com/opencontainers/go-digest"
 )
 
-// tableCache keeps the tables used last, up to a number of entries in all, and
+// tableCache keeps the tables used last, up to a number of bytes in all, and
 // lets concurrent callers share one scan.
 type tableCache struct {
-	limit int
+	limit int64
 
 	mu      sync.Mutex
-	entries int
+	bytes   int64
 	recent  *list.List // of cachedTable, the last used one in front
 	byID    map[digest.Digest]*list.Element
 	flights map[digest.Digest]*flight
@@ -34,7 +34,7 @@ type flight struct {
 	err     error
 }
 
-func newTableCache(limit int) *tableCache {
+func newTableCache(limit int64) *tableCache {
 	return &tableCache{
 		limit:   limit,
 		recent:  list.New(),
@@ -55,14 +55,14 @@ func (c *tableCache) putLocked(id digest.Digest, t *Table) {
 		return
 	}
 	c.byID[id] = c.recent.PushFront(cachedTable{id, t})
-	c.entries += t.cost()
-	for c.entries > c.limit {
+	c.bytes += t.cost()
+	for c.bytes > c.limit {
 		c.dropLocked(c.recent.Back().Value.(cachedTable).id)
 	}
 }
 
 // cost counts a table against the limit; an empty one is not free.
-func (t *Table) cost() int { return t.entries + 1 }
+func (t *Table) cost() int64 { return t.bytes + 1<<10 }
 
 func (c *tableCache) drop(id digest.Digest) {
 	c.mu.Lock()
@@ -72,7 +72,7 @@ func (c *tableCache) drop(id digest.Digest) {
 
 func (c *tableCache) dropLocked(id digest.Digest) {
 	if e := c.byID[id]; e != nil {
-		c.entries -= e.Value.(cachedTable).table.cost()
+		c.bytes -= e.Value.(cachedTable).table.cost()
 		c.recent.Remove(e)
 		delete(c.byID, id)
 	}

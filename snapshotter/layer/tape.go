@@ -31,6 +31,8 @@ type tape struct {
 	pos int64
 	err error // what src failed with, io.EOF aside
 
+	pushed []byte // was read and is to be read again
+
 	headerAt int64 // where the next header block begins
 	header   [blockSize]byte
 	have     int
@@ -40,13 +42,54 @@ type tape struct {
 
 // Read implements io.Reader.
 func (t *tape) Read(p []byte) (int, error) {
+	at := t.pos
+	n, err := t.take(p)
+	t.observe(at, p[:n])
+	return n, err
+}
+
+// take reads without looking at the bytes.
+func (t *tape) take(p []byte) (int, error) {
+	if len(t.pushed) > 0 {
+		n := copy(p, t.pushed)
+		t.pushed = t.pushed[n:]
+		t.pos += int64(n)
+		return n, nil
+	}
 	n, err := t.src.Read(p)
-	t.observe(p[:n])
 	t.pos += int64(n)
 	if err != nil && !errors.Is(err, io.EOF) {
 		t.err = err
 	}
 	return n, err
+}
+
+// full takes all of p, or what there is before the source ends.
+func (t *tape) full(p []byte) (n int, err error) {
+	for empty := 0; n < len(p); {
+		m, err := t.take(p[n:])
+		n += m
+		if errors.Is(err, io.EOF) {
+			return n, nil
+		}
+		if err != nil {
+			return n, err
+		}
+		if empty++; m > 0 {
+			empty = 0
+		} else if empty == 100 {
+			t.err = io.ErrNoProgress
+			return n, t.err
+		}
+	}
+	return n, nil
+}
+
+// back makes p, the bytes read last, what is read next. They stay the caller's
+// to keep until then.
+func (t *tape) back(p []byte) {
+	t.pushed = p
+	t.pos -= int64(len(p))
 }
 
 // Seek implements io.Seeker as far as archive/tar uses it: forward from where
@@ -55,15 +98,22 @@ func (t *tape) Seek(offset int64, whence int) (int64, error) {
 	if whence != io.SeekCurrent || offset < 0 {
 		return 0, fmt.Errorf("seek %d from %d on a stream", offset, whence)
 	}
-	if offset == 0 {
-		return t.pos, nil
+	err := t.skip(offset)
+	return t.pos, err
+}
+
+// skip drops the next n bytes.
+func (t *tape) skip(n int64) error {
+	again := min(n, int64(len(t.pushed)))
+	t.pushed = t.pushed[again:]
+	if n > again {
+		if err := t.src.Skip(n - again); err != nil {
+			t.err = err
+			return err
+		}
 	}
-	if err := t.src.Skip(offset); err != nil {
-		t.err = err
-		return 0, err
-	}
-	t.pos += offset
-	return t.pos, nil
+	t.pos += n
+	return nil
 }
 
 // expect says that the current member's data ends at end and the next header
@@ -73,8 +123,8 @@ func (t *tape) expect(end int64) {
 	t.have, t.found, t.after = 0, false, t.after[:0]
 }
 
-func (t *tape) observe(p []byte) {
-	pos := t.pos
+// observe is told of bytes that archive/tar has read, and where they lie.
+func (t *tape) observe(pos int64, p []byte) {
 	for len(p) > 0 {
 		if t.found {
 			room := min(len(p), mapLimit-len(t.after))

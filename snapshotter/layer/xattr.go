@@ -29,12 +29,63 @@ const (
 // a layer built under SELinux a million files have the same label, and a map of
 // one costs more than the rest of the inode. A set is never changed in place.
 type xattrPool struct {
-	sets map[string]map[string]string
+	sets  map[string]map[string]string
+	known map[string]map[string]string // what records made of an inode without attributes
+	key   []byte                       // room for a key of known
+	names []string                     // and for its names
 }
 
 // apply sets the attributes of a member's PAX records by containerd's rules,
 // and reports how many bytes more are kept.
 func (p *xattrPool) apply(n *erofs.Inode, records map[string]string) (int, error) {
+	if len(records) == 0 {
+		return 0, nil
+	}
+	simple := p.setKey(n, records)
+	if set, ok := p.known[string(p.key)]; ok && simple {
+		n.Xattrs = set
+		return 0, nil
+	}
+	grown, err := p.applyAll(n, records)
+	if err != nil || !simple || len(p.known) >= maxPooled {
+		return grown, err
+	}
+	if p.known == nil {
+		p.known = make(map[string]map[string]string)
+	}
+	p.known[string(p.key)] = n.Xattrs
+	return grown + len(p.key) + 64, nil
+}
+
+// setKey puts the type of the inode and its records in order into key. It reports
+// false where the records alone do not decide what becomes of the inode, or are too many to keep.
+func (p *xattrPool) setKey(n *erofs.Inode, records map[string]string) bool {
+	p.key, p.names = p.key[:0], p.names[:0]
+	if n.Xattrs != nil {
+		return false
+	}
+	size := 0
+	for record, value := range records {
+		name, ok := strings.CutPrefix(record, xattrRecord)
+		if !ok {
+			continue
+		}
+		if size += len(record) + len(value); size > 1024 || strings.HasPrefix(name, "system.") {
+			return false // ACLs change the mode too
+		}
+		p.names = append(p.names, record)
+	}
+	slices.Sort(p.names)
+	p.key = binary.BigEndian.AppendUint32(p.key, n.Mode&unix.S_IFMT)
+	for _, record := range p.names {
+		p.key = append(append(p.key, record...), 0)
+		p.key = binary.BigEndian.AppendUint32(p.key, uint32(len(records[record])))
+		p.key = append(p.key, records[record]...)
+	}
+	return true
+}
+
+func (p *xattrPool) applyAll(n *erofs.Inode, records map[string]string) (int, error) {
 	grown := 0
 	for record, value := range records {
 		name, ok := strings.CutPrefix(record, xattrRecord)
@@ -75,7 +126,7 @@ func (p *xattrPool) setOne(n *erofs.Inode, name, value string, grown *int) error
 	case name == capabilityXattr && value != "" && !validCapability(value):
 		return unix.EINVAL
 	}
-	*grown += p.set(n, strings.Clone(name), value)
+	*grown += p.set(n, strings.Clone(name), strings.Clone(value)) // the header's text holds both
 	return checkXattrs(n)
 }
 

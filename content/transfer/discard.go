@@ -1,0 +1,334 @@
+package transfer
+
+import (
+	"context"
+	"crypto/sha256"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"sync"
+	"sync/atomic"
+
+	"github.com/containerd/errdefs"
+	"github.com/containerd/log"
+)
+
+// DiscardChunk is how many bytes of a discarded blob one of its checksums is over; of the last one, what is left.
+const DiscardChunk = 1 << 20
+
+// ErrDiscarded is what a read of bytes gets that were given up because everybody had read them.
+var ErrDiscarded = fmt.Errorf("the bytes were read once and discarded: %w", errdefs.ErrFailedPrecondition)
+
+// discarding belongs to a job that does not keep its bytes: what lies below every reader's mark, is hashed and has its
+// checksum is punched out of the file at once, before the kernel writes it back. Nothing is given up before somebody
+// calls Handle.Discard: a blob that nobody unpacks is there in full.
+//
+// What was given up cannot be read any more, not even as zeros: reads are for [gone, frontier). So a job that gave
+// something up is good for nobody who comes later, and offers nothing to continue from when it fails. It works in a
+// folder that no other process looks at (discardfolder.go), and nothing of it is left when it ends or its process dies. After
+// a digest mismatch everything is fetched again and kept, because finding out who lied takes the bytes.
+//
+// Guarded by job.mu, but for hashed, keeping and blind.
+type discarding struct {
+	hashed  atomic.Int64  // bytes that the blob's digest was computed over so far
+	kick    chan struct{} // holds a token when there may be something to do
+	stop    context.CancelFunc
+	keeping sync.Mutex // held while the data is made durable
+
+	readers map[*Handle]int64 // handles that read: what lies below is needed by them no more
+	copies  int               // who copies from the data just now
+	final   bool              // nobody reads any more: the checksums are all that is wanted
+	off     bool              // nothing more is given up
+	durable bool              // the data is kept, as that of any other job
+	sums    [][sha256.Size]byte
+	gone    int64 // bytes below may be punched out; at a border of a chunk
+	blind   bool  // the file system cannot punch; only discardAll looks
+	err     error // why there are no more sums
+}
+
+func newDiscarding() *discarding {
+	return &discarding{kick: make(chan struct{}, 1), stop: func() {}, readers: map[*Handle]int64{}}
+}
+
+func (d *discarding) wake() {
+	select {
+	case d.kick <- struct{}{}:
+	default:
+	}
+}
+
+// limit is up to where bytes may be given up. Called with job.mu held.
+func (d *discarding) limit(size int64) int64 {
+	if d.off || d.copies > 0 || len(d.readers) == 0 {
+		return d.gone
+	}
+	n := min(size, d.hashed.Load())
+	for _, mark := range d.readers {
+		n = min(n, mark)
+	}
+	if n < size {
+		n -= n % DiscardChunk
+	}
+	return max(n, d.gone)
+}
+
+// discards says whether the data is not to be made durable.
+func (j *job) discards() bool {
+	if j.discard == nil {
+		return false
+	}
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	return !j.discard.durable
+}
+
+// spent says whether something was given up, so that nobody can read all of the blob.
+func (j *job) spent() bool {
+	if j.discard == nil {
+		return false
+	}
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	return j.discard.gone > 0 || j.discard.final
+}
+
+// hashedUpTo notes how far the blob's digest has come.
+func (j *job) hashedUpTo(off int64) {
+	if d := j.discard; d != nil {
+		d.hashed.Store(off)
+		d.wake()
+	}
+}
+
+// retain has the job keep all its bytes from now on. What it has is about to be fetched again.
+func (j *job) retain() {
+	if d := j.discard; d != nil {
+		j.mu.Lock()
+		defer j.mu.Unlock()
+		d.off, d.durable = true, true
+		d.stop()
+	}
+}
+
+// forgetDiscarded is for when all is fetched again: there are no holes in a new file. Called with mu held.
+func (j *job) forgetDiscarded() {
+	if d := j.discard; d != nil {
+		d.gone, d.sums = 0, nil
+		d.hashed.Store(0)
+	}
+}
+
+// stopDiscarding ends discardAll.
+func (j *job) stopDiscarding() {
+	if d := j.discard; d != nil {
+		d.stop()
+	}
+}
+
+// admit notes that a handle reads, and refuses what was given up. Called with mu held.
+func (j *job) admit(h *Handle, off int64) error {
+	d := j.discard
+	if d == nil || d.durable {
+		return nil
+	}
+	if off < d.gone || d.final {
+		return fmt.Errorf("blob %s: read at %d: %w", j.blob.Digest, off, ErrDiscarded)
+	}
+	if _, ok := d.readers[h]; !ok {
+		d.readers[h] = d.gone
+	}
+	return nil
+}
+
+// dismiss forgets a reader. What it alone had yet to read stays.
+func (j *job) dismiss(h *Handle) {
+	if d := j.discard; d != nil {
+		delete(d.readers, h)
+		d.wake()
+	}
+}
+
+// Discard says that this handle will not read the bytes below upTo again. Where all who read have said so, and the
+// transfer was joined with JoinDiscarding, they are given up.
+func (h *Handle) Discard(upTo int64) {
+	j := h.job
+	d := j.discard
+	if d == nil {
+		return
+	}
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	if h.closed || h.generation != j.generation || d.off || upTo <= d.readers[h] {
+		return
+	}
+	d.readers[h] = upTo
+	d.wake()
+}
+
+// Discarding reports whether the bytes are not kept: then, after Wait, either Discarded or Keep settles what becomes of
+// the blob, and LinkTo fails until Keep has returned nil.
+func (h *Handle) Discarding() bool { return h.job.discards() }
+
+// Discarded gives up what is left of a complete blob and returns the SHA-256 of each chunk of DiscardChunk bytes. Whoever
+// calls it has made sure that nobody needs to read it any more. errdefs.ErrFailedPrecondition: the bytes are kept.
+func (h *Handle) Discarded(ctx context.Context) ([][sha256.Size]byte, error) {
+	j := h.job
+	d := j.discard
+	for {
+		j.mu.Lock()
+		if d == nil || d.off || j.phase != PhaseComplete {
+			j.mu.Unlock()
+			return nil, fmt.Errorf("blob %s is kept or not complete: %w", j.blob.Digest, errdefs.ErrFailedPrecondition)
+		}
+		d.final = true
+		d.wake()
+		sums, err, changed := d.sums, d.err, j.changed
+		j.mu.Unlock()
+		if int64(len(sums)) == chunks(j.blob.Size) {
+			return sums, nil
+		}
+		if err != nil {
+			return nil, err
+		}
+		select {
+		case <-changed:
+		case <-ctx.Done():
+			return nil, context.Cause(ctx)
+		}
+	}
+}
+
+// Keep makes a complete blob durable that nobody has begun to discard: LinkTo works from then on. ErrDiscarded: it is too
+// late.
+func (h *Handle) Keep() error {
+	j := h.job
+	d := j.discard
+	if d == nil {
+		return nil
+	}
+	d.keeping.Lock()
+	defer d.keeping.Unlock()
+	j.mu.Lock()
+	late, kept, complete, f := d.gone > 0 || d.final, d.durable, j.phase == PhaseComplete, j.folder
+	if complete && !late {
+		d.off = true
+	}
+	j.mu.Unlock()
+	switch {
+	case kept:
+		return nil
+	case !complete:
+		return fmt.Errorf("blob %s is not complete, keep it: %w", j.blob.Digest, errdefs.ErrFailedPrecondition)
+	case late:
+		return fmt.Errorf("blob %s: keep it: %w", j.blob.Digest, ErrDiscarded)
+	}
+	if err := errors.Join(f.data.Chmod(0o444), f.data.Sync()); err != nil {
+		return diskError(f.path, err)
+	}
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	d.durable = true
+	d.stop()
+	return nil
+}
+
+// Abandon makes sure that nobody joins this transfer any more: what was discarded of it is needed after all. The next
+// Join starts from nothing.
+func (h *Handle) Abandon() {
+	h.m.mu.Lock()
+	defer h.m.mu.Unlock()
+	h.m.drop(h.job)
+	h.job.doom()
+}
+
+func chunks(size int64) int64 { return (size + DiscardChunk - 1) / DiscardChunk }
+
+// discardAll gives up chunk after chunk until ctx ends or all have their checksum.
+func (j *job) discardAll(ctx context.Context) {
+	buf := make([]byte, min(DiscardChunk, j.blob.Size))
+	for {
+		data, off, err := j.discardable(ctx)
+		if err != nil {
+			j.discardedNoMore(err)
+			return
+		}
+		p := buf[:min(DiscardChunk, j.blob.Size-off)]
+		if _, err := data.ReadAt(p, off); err != nil && !errors.Is(err, io.EOF) {
+			j.cannotDiscard(ctx, fmt.Errorf("read back at %d: %w", off, err))
+			return
+		}
+		done, punchTo := j.sum(off, sha256.Sum256(p))
+		if punchTo > off {
+			j.punch(ctx, data, off, punchTo-off)
+		}
+		if done {
+			return
+		}
+	}
+}
+
+// discardable waits for the next chunk that may be given up.
+func (j *job) discardable(ctx context.Context) (*os.File, int64, error) {
+	d := j.discard
+	for {
+		j.mu.Lock()
+		off := int64(len(d.sums)) * DiscardChunk
+		ready := d.limit(j.blob.Size) > off || d.final && j.verified
+		var data *os.File
+		if ready {
+			data = j.folder.data
+		}
+		j.mu.Unlock()
+		if ready {
+			return data, off, nil
+		}
+		select {
+		case <-d.kick:
+		case <-ctx.Done():
+			return nil, 0, context.Cause(ctx)
+		}
+	}
+}
+
+// sum books a chunk's checksum. The chunk may be punched if the result says so much: a reader may have come meanwhile.
+func (j *job) sum(off int64, sum [sha256.Size]byte) (done bool, punchTo int64) {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	d := j.discard
+	end := min(off+DiscardChunk, j.blob.Size)
+	if d.off || !d.final && d.limit(j.blob.Size) < end {
+		return d.off, 0
+	}
+	d.sums = append(d.sums, sum)
+	d.gone = end
+	if done = end == j.blob.Size; done {
+		j.wake()
+	}
+	return done, end
+}
+
+func (j *job) cannotDiscard(ctx context.Context, err error) {
+	log.G(ctx).WithField("digest", j.blob.Digest).WithError(err).Warn("a blob cannot be discarded")
+	j.discardedNoMore(err)
+}
+
+// discardedNoMore ends waiting in Discarded.
+func (j *job) discardedNoMore(err error) {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	j.discard.err = fmt.Errorf("blob %s: %w", j.blob.Digest, err)
+	j.wake()
+}
+
+// punch frees a range of the file. Where that cannot be done the file goes as a whole when the job ends.
+func (j *job) punch(ctx context.Context, data *os.File, off, n int64) {
+	if j.discard.blind {
+		return
+	}
+	if err := punchHole(data, off, n); err != nil && !errors.Is(err, os.ErrClosed) {
+		j.discard.blind = true
+		log.G(ctx).WithField("digest", j.blob.Digest).WithError(err).
+			Warn("the file system of transfer.root cannot punch holes: compressed bytes take space until their blob is unpacked")
+	}
+}
