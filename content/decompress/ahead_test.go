@@ -48,7 +48,7 @@ func TestJobsComeInOrder(t *testing.T) {
 		for _, fails := range []int{-1, 0, 100} {
 			t.Run(fmt.Sprintf("%d workers, job %d fails", workers, fails), func(t *testing.T) {
 				t.Parallel()
-				mem, err := newMemory(t.Context(), NewBudget(DefaultBudget))
+				mem, err := newMemory(t.Context(), NewBudget(DefaultBudget), idleHere)
 				if err != nil {
 					t.Fatal(err)
 				}
