@@ -19,18 +19,7 @@ import (
 // windowed is a frame that needs a window of that many bytes.
 func windowed(t testing.TB, data []byte, window int) []byte {
 	t.Helper()
-	var b bytes.Buffer
-	w, err := zstd.NewWriter(&b, zstd.WithEncoderConcurrency(1), zstd.WithWindowSize(window))
-	if err != nil {
-		t.Fatal(err)
-	}
-	if _, err := w.Write(data[:len(data)/2]); err != nil {
-		t.Fatal(err)
-	}
-	if err := w.Flush(); err != nil {
-		t.Fatal(err)
-	}
-	return finish(t, &b, w, data[len(data)/2:])
+	return streamed(t, data, zstd.WithWindowSize(window))
 }
 
 // TestBudgetSharedByMany has far more readers than the budget can serve at once,

@@ -308,10 +308,10 @@ func whole(name string, cut, frame int) bool {
 }
 
 // streamed is a zstd frame that does not tell its content's size.
-func streamed(t testing.TB, data []byte) []byte {
+func streamed(t testing.TB, data []byte, o ...zstd.EOption) []byte {
 	t.Helper()
 	var b bytes.Buffer
-	w, err := zstd.NewWriter(&b, zstd.WithEncoderConcurrency(1))
+	w, err := zstd.NewWriter(&b, append(o, zstd.WithEncoderConcurrency(1))...)
 	if err != nil {
 		t.Fatal(err)
 	}
