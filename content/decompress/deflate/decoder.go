@@ -126,20 +126,24 @@ func (d *decoder) search() outcome {
 	return going
 }
 
-// trust is told that the chunk is verified: the window is known from here on.
+// trust is told that the chunk is verified: the window is known from here on. What
+// has markers is published before the pieces may be read: resolve takes all of it
+// at once.
 func (d *decoder) trust() {
 	e := d.c.e
 	e.mu.Lock()
-	d.c.sure = true
+	win := d.c.win
 	if d.out.marked {
 		e.counts.late++
 	}
-	win := d.c.win
-	e.work.Broadcast()
-	e.data.Broadcast()
 	e.mu.Unlock()
 	d.sure = true
 	d.out.learn(win)
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	d.c.sure = true
+	e.work.Broadcast()
+	e.data.Broadcast()
 }
 
 // fail ends the stream with err, after all that was decoded before, or gives up
