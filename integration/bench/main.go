@@ -5,6 +5,7 @@
 //	pull    an image of Go's own distribution, from a distribution registry on loopback
 //	wide    an image of 0.9 GB from a registry that gives each connection 25 MB/s, all together 250 MB/s, after 20 ms
 //	large   an image of 1 GB, most of it compressed before, from an uncapped distribution registry
+//	stored  the same with bytes of which gzip makes stored blocks
 //	small   an image of 86,000 small files, 0.7 GB, from the same
 //	tail    how long after its last byte a layer of 1 GB is mountable
 //	deflate inflating in gantry's own package beside klauspost/compress, on one and two cores
@@ -31,6 +32,7 @@ var scenarios = map[string]func(*bench, context.Context) error{
 	"pull":    (*bench).pull,
 	"wide":    (*bench).wide,
 	"large":   (*bench).large,
+	"stored":  (*bench).stored,
 	"small":   (*bench).small,
 	"tail":    (*bench).tail,
 	"deflate": (*bench).deflate,
@@ -40,9 +42,9 @@ var scenarios = map[string]func(*bench, context.Context) error{
 
 func main() {
 	rounds := flag.Int("rounds", 5, "pulls of each kind")
-	only := flag.String("only", "pull,wide,large,small,tail,deflate,stages,memory", "what to measure, separated by commas")
+	only := flag.String("only", "pull,wide,large,stored,small,tail,deflate,stages,memory", "what to measure, separated by commas")
 	own := flag.Bool("own-disk", false, "pull to the machine's own disk, not to a new file system for each pull")
-	kinds := flag.String("kinds", "", "who takes part in large and small, separated by commas; empty: everybody")
+	kinds := flag.String("kinds", "", "who takes part in large, stored and small, separated by commas; empty: everybody")
 	total := flag.Int64("gb", 10, "how many GB the memory scenario pulls in all")
 	flag.Parse()
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)

@@ -1,6 +1,7 @@
 package harness
 
 import (
+	stdgzip "compress/gzip"
 	"context"
 	"encoding/json"
 	"fmt"
@@ -23,7 +24,8 @@ type Compression string
 // The compressions that images use. The zero value is Gzip.
 const (
 	Gzip         Compression = "gzip"
-	GzipFast     Compression = "gzip-1" // the fastest level, for what is large
+	GzipFast     Compression = "gzip-1"  // the fastest level, for what is large
+	GzipGo       Compression = "gzip-go" // by Go's own package, with which docker and BuildKit pack layers; slower, and it stores fewer blocks
 	Zstd         Compression = "zstd"
 	Uncompressed Compression = "none"
 )
@@ -179,6 +181,8 @@ func (spec LayerSpec) write(w io.Writer) (digest.Digest, error) {
 		packer, err = gzip.NewWriterLevel(w, 5)
 	case GzipFast:
 		packer, err = gzip.NewWriterLevel(w, gzip.BestSpeed)
+	case GzipGo:
+		packer = stdgzip.NewWriter(w)
 	case Zstd:
 		packer, err = zstd.NewWriter(w, zstd.WithEncoderConcurrency(1))
 	case Uncompressed:
