@@ -66,35 +66,6 @@ func (b *bench) symbols(ctx context.Context) (func(), error) {
 	}, os.Setenv("GANTRY_BIN", dir)
 }
 
-// diskSpeed is how many bytes a second a new disk takes from one writer, synced.
-func (b *bench) diskSpeed(ctx context.Context) (_ float64, err error) {
-	const size = 1 << 30
-	if err := b.freshDisk(ctx, 4); err != nil {
-		return 0, err
-	}
-	defer func() { err = errors.Join(err, b.disk.Close()) }()
-	if err := coldCache(""); err != nil {
-		return 0, err
-	}
-	f, err := os.Create(filepath.Join(b.disk.Path, "file"))
-	if err != nil {
-		return 0, err
-	}
-	defer f.Close()
-	block := make([]byte, 4<<20)
-	for i := range block {
-		block[i] = byte(i * 7)
-	}
-	begin := time.Now()
-	for range size / len(block) {
-		if _, err := f.Write(block); err != nil {
-			return 0, err
-		}
-	}
-	err = f.Sync()
-	return size / time.Since(begin).Seconds(), err
-}
-
 // profile is what an image's pulls cost.
 type profile struct {
 	name  string
@@ -262,7 +233,8 @@ func (p *profile) total() float64 {
 
 // printPrediction prints what the costs predict, as Markdown: whatever takes longest bounds the pull.
 func printPrediction(all []*profile, disk float64) {
-	fmt.Printf("\nA prediction, not measured: the same disk (%.0f MB/s), a network that is never in the way.\n", disk/1e6)
+	fmt.Printf("\nA prediction, not measured: whatever takes longest of all CPU time over the cores, one layer's way through a stage that is\n"+
+		"not shared, and the bytes over the disk's rate (%.0f MB/s, one writer, direct I/O). No network is in the way.\n", disk/1e6)
 	fmt.Printf("\n| cores |")
 	for _, p := range all {
 		fmt.Printf(" %s | bound by |", p.name)

@@ -98,7 +98,7 @@ func tiny(t testing.TB, data []byte, size int) []byte {
 	return b.Bytes()
 }
 
-// streams are what BenchmarkReader decodes; made once, on demand.
+// streams are what BenchmarkReader decodes; made once, on demand, whatever -count says.
 var streams = []struct {
 	name string
 	make func(t testing.TB) []byte
@@ -118,11 +118,23 @@ var streams = []struct {
 	}},
 }
 
+var madeStreams = struct {
+	sync.Mutex
+	data map[int][]byte
+}{data: map[int][]byte{}}
+
 // BenchmarkReader compares with klauspost/compress/gzip, in turns, and prints
 // uncompressed MB/s and the ratio. Blocks are consumed as gantry does, without a copy.
 func BenchmarkReader(b *testing.B) {
-	for _, s := range streams {
-		in := sync.OnceValue(func() []byte { return s.make(b) })
+	for i, s := range streams {
+		in := func() []byte {
+			madeStreams.Lock()
+			defer madeStreams.Unlock()
+			if madeStreams.data[i] == nil {
+				madeStreams.data[i] = s.make(b)
+			}
+			return madeStreams.data[i]
+		}
 		for _, procs := range []int{1, 2} {
 			b.Run(fmt.Sprintf("%s/procs=%d", s.name, procs), func(b *testing.B) { benchReader(b, in(), procs) })
 		}
