@@ -214,6 +214,7 @@ func (d *decoder) beginMember() (outcome, error) {
 		case padded && !d.sure:
 			return going, errNotYet // the rest is read by somebody who knows that it is padding
 		case padded:
+			d.out.flush() // nobody should wait for these bytes until the padding ends
 			if err := d.c.e.drain(d.seg); err != nil {
 				return going, err
 			}

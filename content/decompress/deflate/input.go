@@ -117,9 +117,10 @@ func (e *engine) takeInput(size int) []byte {
 	return make([]byte, size)
 }
 
-// drain reads on to the end of the source, from behind g, which is loaded.
+// drain reads on to the end of the source, from behind g, which is loaded, or until
+// the Reader is closed: padding may have no end.
 func (e *engine) drain(g *segment) error {
-	for g.err == nil {
+	for g.err == nil && !e.stopped.Load() {
 		e.mu.Lock()
 		next := e.after(g)
 		next.refs++

@@ -18,6 +18,7 @@ type Reader struct {
 
 	rest    []byte // of the piece that Read is at
 	release func()
+	closed  bool
 }
 
 var (
@@ -140,7 +141,8 @@ func (r *Reader) WriteTo(w io.Writer) (total int64, err error) {
 // is under way return first. Blocks that were handed out stay valid. Close can be
 // called again; it does not close the source.
 func (r *Reader) Close() error {
-	if !errors.Is(r.err, os.ErrClosed) {
+	if !r.closed { // r.err does not tell: that of a source or a writer may be os.ErrClosed too
+		r.closed = true
 		if r.release != nil {
 			r.release()
 		}
