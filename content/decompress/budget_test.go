@@ -6,10 +6,12 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math/rand/v2"
 	"sync"
 	"sync/atomic"
 	"testing"
 	"testing/synctest"
+	"time"
 
 	"github.com/klauspost/compress/gzip"
 	"github.com/klauspost/compress/zstd"
@@ -239,4 +241,32 @@ func TestNextWaitsForBlocks(t *testing.T) {
 		}
 		_ = r.Close()
 	})
+}
+
+// TestScarceMemoryDoesNotHoldUpFrames has frames that barely shrink: what was gathered of them takes so much of the
+// reader's minimum that it cannot wait for a buffer of the output beside it.
+func TestScarceMemoryDoesNotHoldUpFrames(t *testing.T) {
+	t.Parallel()
+	noise := make([]byte, 2<<20)
+	if _, err := rand.NewChaCha8([32]byte{1}).Read(noise); err != nil {
+		t.Fatal(err)
+	}
+	for _, size := range []int{1100 << 10, 1300 << 10, 1500 << 10, 1800 << 10, 1900 << 10, 2 << 20} {
+		for _, workers := range []int{1, 2} {
+			t.Run(fmt.Sprintf("%d/%d", size>>10, workers), func(t *testing.T) {
+				t.Parallel()
+				ctx, cancel := context.WithTimeoutCause(t.Context(), 20*time.Second, errors.New("it waits for itself"))
+				defer cancel()
+				in := bytes.Repeat(zst(t, noise[:size]), 3)
+				r, err := NewReader(ctx, bytes.NewReader(in), WithBudget(NewBudget(1)), WithWorkers(workers))
+				if err != nil {
+					t.Fatal(err)
+				}
+				defer closed(t, r)
+				if got, err := io.ReadAll(r); err != nil || !bytes.Equal(got, bytes.Repeat(noise[:size], 3)) {
+					t.Errorf("%d bytes, error %v; want %d", len(got), err, 3*size)
+				}
+			})
+		}
+	}
 }

@@ -102,12 +102,26 @@ type lz4Batch struct {
 	frame  *lz4Frame
 	blocks []lz4Part
 	end    int // of the last block in the input buffer
+	bound  int // how much the blocks hold at most
 }
 
 type lz4Part struct {
 	start, end int
+	most       int // it holds, in bytes
 	stored     bool
 	sum        uint32
+}
+
+// lz4Blocks bounds how many blocks a job has: empty ones fill no buffer.
+const lz4Blocks = 4096
+
+// most is how much a block of the frame holds at most: a byte of an LZ4 block
+// stands for 255 bytes at the best.
+func (f *lz4Frame) most(h lz4Head) int {
+	if h.stored {
+		return h.size
+	}
+	return min(f.blockMax, 255*h.size)
 }
 
 func (l *lz4Planner) batch(must bool) (*job, error) {
@@ -122,10 +136,9 @@ func (l *lz4Planner) batch(must bool) (*job, error) {
 	}
 	b := &lz4Batch{frame: l.frame}
 	j := &job{in: in, out: out, run: b.run, settle: l.frame.settle}
-	most := len(out.b) / b.frame.blockMax
-	for len(b.blocks) < most && !pause(l.br, len(b.blocks)*b.frame.blockMax) {
+	for len(b.blocks) < lz4Blocks && !pause(l.br, b.bound) {
 		more := false
-		if more, err = b.read(l.br, in.b); !more || err != nil {
+		if more, err = b.read(l.br, in.b, len(out.b)); !more || err != nil {
 			break
 		}
 	}
@@ -137,16 +150,16 @@ func (l *lz4Planner) batch(must bool) (*job, error) {
 	return j, nil
 }
 
-// read adds the next block, if there is one and a place for it.
-func (b *lz4Batch) read(br *bufio.Reader, in []byte) (bool, error) {
+// read adds the next block, if there is one and a place for it and for its output.
+func (b *lz4Batch) read(br *bufio.Reader, in []byte, out int) (bool, error) {
 	h, err := b.frame.peekBlock(br)
-	if err != nil || h.end || b.end+h.size > len(in) {
+	if err != nil || h.end || b.end+h.size > len(in) || b.bound+b.frame.most(h) > out {
 		return false, err
 	}
 	if _, err := br.Discard(4); err != nil {
 		return false, err
 	}
-	p := lz4Part{start: b.end, end: b.end + h.size, stored: h.stored}
+	p := lz4Part{start: b.end, end: b.end + h.size, most: b.frame.most(h), stored: h.stored}
 	if _, err := io.ReadFull(br, in[p.start:p.end]); err != nil {
 		return false, early(err)
 	}
@@ -155,7 +168,7 @@ func (b *lz4Batch) read(br *bufio.Reader, in []byte) (bool, error) {
 			return false, err
 		}
 	}
-	b.blocks, b.end = append(b.blocks, p), p.end
+	b.blocks, b.end, b.bound = append(b.blocks, p), p.end, b.bound+p.most
 	return true, nil
 }
 
@@ -172,7 +185,7 @@ func (b *lz4Batch) run(j *job) (n int, err error) {
 			n += copy(j.out.b[n:], block)
 			continue
 		}
-		got, err := lz4.UncompressBlock(block, j.out.b[n:n+b.frame.blockMax])
+		got, err := lz4.UncompressBlock(block, j.out.b[n:n+p.most])
 		if err != nil {
 			return n, fmt.Errorf("%w: %w", errLZ4Block, err)
 		}

@@ -8,13 +8,13 @@ import (
 // encoded before, up to 64 KiB: neither library writes such blocks. It is greedy
 // and knows one candidate for each hash.
 type lz4Encoder struct {
-	data  []byte // all of the content
-	seen  map[uint32]int
-	loose bool // blocks may end with a match, as Apple's do
+	data  []byte       // all of the content
+	seen  [1 << 14]int // by the hash of four bytes, one behind where they were last
+	loose bool         // blocks may end with a match, as Apple's do
 }
 
 func newLZ4Encoder(data []byte) *lz4Encoder {
-	return &lz4Encoder{data: data, seen: make(map[uint32]int)}
+	return &lz4Encoder{data: data}
 }
 
 // block encodes data[from:to].
@@ -27,9 +27,10 @@ func (e *lz4Encoder) block(from, to int) []byte {
 	}
 	for at := from; at <= last; {
 		key := binary.LittleEndian.Uint32(e.data[at:])
-		candidate, ok := e.seen[key]
-		e.seen[key] = at
-		if !ok || at-candidate > 65535 {
+		seen := &e.seen[key*2654435761>>18]
+		candidate := *seen - 1
+		*seen = at + 1
+		if candidate < 0 || at-candidate > 65535 || binary.LittleEndian.Uint32(e.data[candidate:]) != key {
 			at++
 			continue
 		}

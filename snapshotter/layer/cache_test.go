@@ -225,6 +225,31 @@ func TestWriteEndsWithContext(t *testing.T) {
 	checkNoTemp(t, c)
 }
 
+// slowToSpread is a context whose end others learn of late: it has ended, and contexts made of it have not.
+type slowToSpread struct{ context.Context }
+
+func (slowToSpread) Done() <-chan struct{} { return nil }
+
+type readerFunc func([]byte) (int, error)
+
+func (r readerFunc) Read(p []byte) (int, error) { return r(p) }
+
+// The stream may notice the end of the context first, and put it in words of its own.
+func TestWriteTellsWhyItsContextEnded(t *testing.T) {
+	t.Parallel()
+	c := newCache(t, Options{})
+	ctx, cancel := context.WithCancelCause(t.Context())
+	why := errors.New("pull given up")
+	stream := readerFunc(func([]byte) (int, error) {
+		cancel(why)
+		return 0, io.ErrClosedPipe
+	})
+	if _, err := c.Write(slowToSpread{ctx}, stream, nil); !errors.Is(err, why) {
+		t.Errorf("got %v, want %v", err, why)
+	}
+	checkNoTemp(t, c)
+}
+
 func TestOpenRemovesUnfinished(t *testing.T) {
 	t.Parallel()
 	root := t.TempDir()

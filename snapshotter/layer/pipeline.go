@@ -73,6 +73,7 @@ type pipeline struct {
 // and durable, but for its name. All chunks are released in any case. A Next of
 // the stream that blocks must end with ctx: nothing else can end it.
 func (p *pipeline) run(ctx context.Context, r io.Reader) error {
+	outer := ctx
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
 	in, ok := r.(Blocks)
@@ -84,6 +85,9 @@ func (p *pipeline) run(ctx context.Context, r io.Reader) error {
 	p.room = make(chan struct{}, 1)
 	var g errgroup.Group
 	end := func(err error) error {
+		if err != nil && outer.Err() != nil {
+			err = context.Cause(outer) // not what the stream made of it, which may be here before
+		}
 		if err != nil {
 			cancel(err) // the first of all is what Cause returns from now on
 		}
