@@ -83,7 +83,7 @@ func TestPredict(t *testing.T) {
 		why   string
 	}{
 		{2, 1e12, 2.5, "all CPU time"},
-		{8, 1e12, 1, "SHA-256 of the tar of one layer"},
+		{8, 1e12, 1, "SHA-256 of the tar, one layer"},
 		{8, 1e9, 1.5, "disk"},
 	} {
 		if got, why := p.predict(tc.cores, tc.disk); got < tc.want-1e-9 || got > tc.want+1e-9 || why != tc.why {

@@ -269,7 +269,7 @@ func (p *profile) predict(cores int, disk float64) (float64, string) {
 		}
 		largest := slices.MaxFunc(p.layers, func(a, b layerBytes) int { return int(s.of(a) - s.of(b)) })
 		if t := float64(s.of(largest)) * p.perByte(s) / 1e9; t > seconds {
-			seconds, why = t, s.name+" of one layer"
+			seconds, why = t, s.name+", one layer"
 		}
 	}
 	if t := float64(p.compressed+p.tars) / disk; t > seconds {
