@@ -9,6 +9,7 @@ import (
 	"hash"
 	"io"
 	"os"
+	"sync"
 )
 
 const (
@@ -22,11 +23,26 @@ type digester struct {
 	off        int64 // what was hashed
 	generation int
 	buf        []byte
+	chunks     *chunkSums // nil: nobody wants them
 }
 
+// add hashes p. With chunks, which cost as much again, it is at the same time: nobody waits longer for the digest.
 func (d *digester) add(p []byte) {
+	var both sync.WaitGroup
+	if d.chunks != nil {
+		both.Go(func() { d.chunks.add(p) })
+	}
 	_, _ = d.Write(p) // never fails
+	both.Wait()
 	d.off += int64(len(p))
+}
+
+// sums are the chunks' checksums so far.
+func (d *digester) sums() [][sha256.Size]byte {
+	if d.chunks == nil {
+		return nil
+	}
+	return d.chunks.sums
 }
 
 func (d *digester) encoded() string { return hex.EncodeToString(d.Sum(nil)) }
@@ -38,6 +54,9 @@ func (j *job) digester() *digester {
 	generation := j.currentGeneration()
 	if j.digest.Hash == nil || j.digest.generation != generation {
 		j.digest = digester{Hash: sha256.New(), generation: generation}
+		if j.discards() {
+			j.digest.chunks = newChunkSums(j.blob.Size)
+		}
 	}
 	return &j.digest
 }
@@ -78,7 +97,7 @@ func (j *job) hashUpTo(ctx context.Context, d *digester, f *folder, end int64) e
 			return diskError(f.path, fmt.Errorf("read back at %d: %w", d.off, err))
 		}
 		d.add(d.buf[:n])
-		j.hashedUpTo(d.off)
+		j.hashedUpTo(d.off, d.sums())
 	}
 	return nil
 }
