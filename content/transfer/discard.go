@@ -108,11 +108,12 @@ func (j *job) notFarAhead(wanted int64) int64 {
 }
 
 // hashedUpTo notes how far the blob's digest has come, and its chunks' checksums.
-func (j *job) hashedUpTo(off int64, sums [][sha256.Size]byte) {
+func (j *job) hashedUpTo(h *digester) {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	j.hashedBehind(h)
 	if d := j.discard; d != nil {
-		j.mu.Lock()
-		d.hashed, d.sums = off, sums
-		j.mu.Unlock()
+		d.hashed, d.sums = h.off, h.sums()
 		d.wake()
 	}
 }
@@ -189,11 +190,16 @@ func (j *job) dismiss(h *Handle) {
 }
 
 // Discard says that this handle will not read the bytes below upTo again. Where all who read have said so, and the
-// transfer was joined with JoinDiscarding, they are given up.
+// transfer was joined with JoinDiscarding, they are given up; else only the memory that holds them is.
 func (h *Handle) Discard(upTo int64) {
 	j := h.job
 	d := j.discard
 	if d == nil {
+		j.mu.Lock()
+		defer j.mu.Unlock()
+		if mark, ok := j.behind.readers[h]; ok && h.generation == j.generation {
+			j.behind.readers[h] = max(mark, upTo)
+		}
 		return
 	}
 	j.mu.Lock()

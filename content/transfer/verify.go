@@ -97,7 +97,7 @@ func (j *job) hashUpTo(ctx context.Context, d *digester, f *folder, end int64) e
 			return diskError(f.path, fmt.Errorf("read back at %d: %w", d.off, err))
 		}
 		d.add(d.buf[:n])
-		j.hashedUpTo(d.off, d.sums())
+		j.hashedUpTo(d)
 	}
 	return nil
 }
@@ -127,13 +127,15 @@ func (j *job) servedBy() string {
 }
 
 // writeback starts writing to disk what lies below the frontier, so that the last fsync is short. It may be slowed
-// down by a busy disk, so it has a goroutine of its own.
+// down by a busy disk, so it has a goroutine of its own. What nobody needs any more is dropped from memory.
 func (j *job) writeback(ctx context.Context) error {
+	dropped := int64(0)
 	for off := int64(0); off+writebackStep <= j.blob.Size; off += writebackStep {
 		if _, err := j.below(ctx, off+writebackStep); err != nil {
 			return err
 		}
 		startWriteback(j.folder.data, off, writebackStep)
+		dropped = j.dropBehind(dropped, off+writebackStep)
 	}
 	return nil
 }
