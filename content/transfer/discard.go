@@ -5,10 +5,9 @@ import (
 	"crypto/sha256"
 	"errors"
 	"fmt"
-	"io"
+	"hash"
 	"os"
 	"sync"
-	"sync/atomic"
 
 	"github.com/containerd/errdefs"
 	"github.com/containerd/log"
@@ -29,22 +28,22 @@ var ErrDiscarded = fmt.Errorf("the bytes were read once and discarded: %w", errd
 // folder that no other process looks at (discardfolder.go), and nothing of it is left when it ends or its process dies. After
 // a digest mismatch everything is fetched again and kept, because finding out who lied takes the bytes.
 //
-// Guarded by job.mu, but for hashed, keeping and blind.
+// Guarded by job.mu, but for keeping and blind.
 type discarding struct {
-	hashed  atomic.Int64  // bytes that the blob's digest was computed over so far
 	kick    chan struct{} // holds a token when there may be something to do
 	stop    context.CancelFunc
 	keeping sync.Mutex // held while the data is made durable
 
-	readers map[*Handle]int64 // handles that read: what lies below is needed by them no more
-	copies  int               // who copies from the data just now
-	final   bool              // nobody reads any more: the checksums are all that is wanted
-	off     bool              // nothing more is given up
-	durable bool              // the data is kept, as that of any other job
-	sums    [][sha256.Size]byte
-	gone    int64 // bytes below may be punched out; at a border of a chunk
-	blind   bool  // the file system cannot punch; only discardAll looks
-	err     error // why there are no more sums
+	readers map[*Handle]int64   // handles that read: what lies below is needed by them no more
+	copies  int                 // who copies from the data just now
+	final   bool                // nobody reads any more: the checksums are all that is wanted
+	off     bool                // nothing more is given up
+	durable bool                // the data is kept, as that of any other job
+	hashed  int64               // bytes that the blob's digest was computed over so far
+	sums    [][sha256.Size]byte // of the chunks that are hashed
+	gone    int64               // bytes below may be punched out; at a border of a chunk
+	blind   bool                // the file system cannot punch; only discardAll looks
+	err     error               // why there are no more sums
 }
 
 func newDiscarding() *discarding {
@@ -63,7 +62,7 @@ func (d *discarding) limit(size int64) int64 {
 	if d.off || d.copies > 0 || len(d.readers) == 0 {
 		return d.gone
 	}
-	n := min(size, d.hashed.Load())
+	n := min(size, d.hashed)
 	for _, mark := range d.readers {
 		n = min(n, mark)
 	}
@@ -108,11 +107,37 @@ func (j *job) notFarAhead(wanted int64) int64 {
 	return wanted
 }
 
-// hashedUpTo notes how far the blob's digest has come.
-func (j *job) hashedUpTo(off int64) {
+// hashedUpTo notes how far the blob's digest has come, and its chunks' checksums.
+func (j *job) hashedUpTo(h *digester) {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	j.hashedBehind(h)
 	if d := j.discard; d != nil {
-		d.hashed.Store(off)
+		d.hashed, d.sums = h.off, h.sums()
 		d.wake()
+	}
+}
+
+// chunkSums computes the SHA-256 of each chunk of the bytes that it gets, in order.
+type chunkSums struct {
+	size, off int64
+	cur       hash.Hash
+	sums      [][sha256.Size]byte // of whole chunks, and of the last one once all size bytes came
+}
+
+func newChunkSums(size int64) *chunkSums {
+	return &chunkSums{size: size, cur: sha256.New(), sums: make([][sha256.Size]byte, 0, chunks(size))}
+}
+
+func (c *chunkSums) add(p []byte) {
+	for len(p) > 0 {
+		n := min(int64(len(p)), DiscardChunk-c.off%DiscardChunk)
+		_, _ = c.cur.Write(p[:n]) // never fails
+		p = p[n:]
+		if c.off += n; c.off%DiscardChunk == 0 || c.off == c.size {
+			c.sums = append(c.sums, [sha256.Size]byte(c.cur.Sum(nil)))
+			c.cur.Reset()
+		}
 	}
 }
 
@@ -129,8 +154,7 @@ func (j *job) retain() {
 // forgetDiscarded is for when all is fetched again: there are no holes in a new file. Called with mu held.
 func (j *job) forgetDiscarded() {
 	if d := j.discard; d != nil {
-		d.gone, d.sums = 0, nil
-		d.hashed.Store(0)
+		d.gone, d.hashed, d.sums = 0, 0, nil
 	}
 }
 
@@ -166,11 +190,16 @@ func (j *job) dismiss(h *Handle) {
 }
 
 // Discard says that this handle will not read the bytes below upTo again. Where all who read have said so, and the
-// transfer was joined with JoinDiscarding, they are given up.
+// transfer was joined with JoinDiscarding, they are given up; else only the memory that holds them is.
 func (h *Handle) Discard(upTo int64) {
 	j := h.job
 	d := j.discard
 	if d == nil {
+		j.mu.Lock()
+		defer j.mu.Unlock()
+		if mark, ok := j.behind.readers[h]; ok && h.generation == j.generation {
+			j.behind.readers[h] = max(mark, upTo)
+		}
 		return
 	}
 	j.mu.Lock()
@@ -265,73 +294,47 @@ func (h *Handle) Abandon() {
 
 func chunks(size int64) int64 { return (size + DiscardChunk - 1) / DiscardChunk }
 
-// discardAll gives up chunk after chunk until ctx ends or all have their checksum.
+// punchStep is how much is punched out at once, in bytes, a multiple of DiscardChunk: while it lasts nobody can write to
+// the file. What the kernel has not written back after a few seconds is what matters.
+const punchStep = 4 * DiscardChunk
+
+// discardAll gives up what nobody needs any more until ctx ends or nothing is left.
 func (j *job) discardAll(ctx context.Context) {
-	buf := make([]byte, min(DiscardChunk, j.blob.Size))
 	for {
-		data, off, err := j.discardable(ctx)
+		data, off, end, err := j.discardable(ctx)
 		if err != nil {
 			j.discardedNoMore(err)
 			return
 		}
-		p := buf[:min(DiscardChunk, j.blob.Size-off)]
-		if _, err := data.ReadAt(p, off); err != nil && !errors.Is(err, io.EOF) {
-			j.cannotDiscard(ctx, fmt.Errorf("read back at %d: %w", off, err))
-			return
-		}
-		done, punchTo := j.sum(off, sha256.Sum256(p))
-		if punchTo > off {
-			j.punch(ctx, data, off, punchTo-off)
-		}
-		if done {
+		j.punch(ctx, data, off, end-off)
+		if end == j.blob.Size {
 			return
 		}
 	}
 }
 
-// discardable waits for the next chunk that may be given up.
-func (j *job) discardable(ctx context.Context) (*os.File, int64, error) {
+// discardable waits until there is something to give up, and books it: no read of it begins any more.
+func (j *job) discardable(ctx context.Context) (data *os.File, off, end int64, err error) {
 	d := j.discard
 	for {
 		j.mu.Lock()
-		off := int64(len(d.sums)) * DiscardChunk
-		ready := d.limit(j.blob.Size) > off || d.final && j.verified
-		var data *os.File
-		if ready {
-			data = j.folder.data
+		off, end = d.gone, d.limit(j.blob.Size)
+		if d.final && j.verified && !d.off {
+			end = j.blob.Size
+		}
+		if ready := end > off && (end-off >= punchStep || end == j.blob.Size); ready {
+			d.gone, data = end, j.folder.data
 		}
 		j.mu.Unlock()
-		if ready {
-			return data, off, nil
+		if data != nil {
+			return data, off, end, nil
 		}
 		select {
 		case <-d.kick:
 		case <-ctx.Done():
-			return nil, 0, context.Cause(ctx)
+			return nil, 0, 0, context.Cause(ctx)
 		}
 	}
-}
-
-// sum books a chunk's checksum. The chunk may be punched if the result says so much: a reader may have come meanwhile.
-func (j *job) sum(off int64, sum [sha256.Size]byte) (done bool, punchTo int64) {
-	j.mu.Lock()
-	defer j.mu.Unlock()
-	d := j.discard
-	end := min(off+DiscardChunk, j.blob.Size)
-	if d.off || !d.final && d.limit(j.blob.Size) < end {
-		return d.off, 0
-	}
-	d.sums = append(d.sums, sum)
-	d.gone = end
-	if done = end == j.blob.Size; done {
-		j.wake()
-	}
-	return done, end
-}
-
-func (j *job) cannotDiscard(ctx context.Context, err error) {
-	log.G(ctx).WithField("digest", j.blob.Digest).WithError(err).Warn("a blob cannot be discarded")
-	j.discardedNoMore(err)
 }
 
 // discardedNoMore ends waiting in Discarded.

@@ -8,6 +8,7 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"slices"
 	"syscall"
 	"testing"
 
@@ -131,40 +132,40 @@ func TestDiscard(t *testing.T) {
 // Bytes are given up only behind all who read, whether they discard or not.
 func TestDiscardWaitsForAllReaders(t *testing.T) {
 	t.Parallel()
-	data, b := randomBlob(61, 8<<20)
-	m := newManager(t, t.TempDir(), Options{ChunkSize: 1 << 20})
+	data, b := randomBlob(61, 32<<20)
+	m := newManager(t, t.TempDir(), Options{ChunkSize: 4 << 20})
 	client := joinDiscarding(t, m, b, &fakeSource{host: "a", data: data})
 	wait(t, client)
 	one, other := join(t, m, b), join(t, m, b)
-	if _, err := other.ReadAt(t.Context(), make([]byte, 10), 3<<20); err != nil {
+	if _, err := other.ReadAt(t.Context(), make([]byte, 10), 12<<20); err != nil {
 		t.Fatal(err)
 	}
 	if _, err := one.ReadAt(t.Context(), make([]byte, 10), 0); err != nil {
 		t.Fatal(err)
 	}
-	one.Discard(5 << 20)
+	one.Discard(20 << 20)
 	if err := sleep(t.Context(), backoffMin); err != nil {
 		t.Fatal(err)
 	}
 	if n := one.gone(); n != 0 {
 		t.Fatalf("%d bytes are gone that a reader needs", n)
 	}
-	other.Discard(2<<20 + 5)
-	eventually(t, "two chunks are given up", func() bool { return one.gone() == 2<<20 })
-	if _, err := joinDiscarding(t, m, b).ReadAt(t.Context(), make([]byte, 10), 2<<20-1); !errors.Is(err, ErrDiscarded) {
+	other.Discard(8<<20 + 5)
+	eventually(t, "what neither needs is given up", func() bool { return one.gone() == 8<<20 })
+	if _, err := joinDiscarding(t, m, b).ReadAt(t.Context(), make([]byte, 10), 8<<20-1); !errors.Is(err, ErrDiscarded) {
 		t.Fatalf("read of what is gone: %v", err)
 	}
 	_ = other.Close()
-	eventually(t, "more is given up when a reader leaves", func() bool { return one.gone() == 5<<20 })
+	eventually(t, "more is given up when a reader leaves", func() bool { return one.gone() == 20<<20 })
 	p := make([]byte, 1000)
-	if n, err := one.ReadAt(t.Context(), p, 5<<20); err != nil || !bytes.Equal(p[:n], data[5<<20:5<<20+n]) {
+	if n, err := one.ReadAt(t.Context(), p, 20<<20); err != nil || !bytes.Equal(p[:n], data[20<<20:20<<20+n]) {
 		t.Fatalf("read of what is there: %v", err)
 	}
 	_ = one.Close()
 	if err := sleep(t.Context(), backoffMin); err != nil {
 		t.Fatal(err)
 	}
-	if n := client.gone(); n != 5<<20 {
+	if n := client.gone(); n != 20<<20 {
 		t.Fatalf("%d bytes are gone, want no more without a reader", n)
 	}
 	wantSums(t, client, data)
@@ -224,18 +225,18 @@ func TestDiscardingUsesWhatIsThere(t *testing.T) {
 // A failed transfer of which something is gone offers nothing, and the next one starts from nothing.
 func TestDiscardedTransferFails(t *testing.T) {
 	t.Parallel()
-	data, b := randomBlob(64, 6<<20)
+	data, b := randomBlob(64, 12<<20)
 	root := t.TempDir()
 	m := newManager(t, root, Options{ChunkSize: 1 << 20, ConnectionsPerHost: 1})
 	hold := make(chan struct{})
 	h := joinDiscarding(t, m, b, &fakeSource{host: "a", data: data, reply: func(ctx context.Context, n int, off, length int64) (fakeReply, error) {
-		if _, err := holdFrom(4<<20, hold)(ctx, n, off, length); err != nil {
+		if _, err := holdFrom(8<<20, hold)(ctx, n, off, length); err != nil {
 			return fakeReply{}, err
 		}
-		return stopAfter(4<<20)(ctx, n, off, length)
+		return stopAfter(8<<20)(ctx, n, off, length)
 	}})
 	unpack := join(t, m, b)
-	for off := int64(0); off < 3<<20; {
+	for off := int64(0); off < 6<<20; {
 		n, err := unpack.ReadAt(t.Context(), make([]byte, 1<<20), off)
 		if err != nil {
 			t.Fatal(err)
@@ -243,7 +244,7 @@ func TestDiscardedTransferFails(t *testing.T) {
 		off += int64(n)
 		unpack.Discard(off)
 	}
-	eventually(t, "something is gone", func() bool { return h.gone() >= 1<<20 })
+	eventually(t, "something is gone", func() bool { return h.gone() >= 4<<20 })
 	close(hold)
 	if err := h.Wait(t.Context()); !errdefs.IsPermissionDenied(err) {
 		t.Fatal(err)
@@ -418,5 +419,27 @@ func TestDiscardingDoesNotRunAhead(t *testing.T) {
 	}
 	if got := unpackAll(t, h); !bytes.Equal(got, data) {
 		t.Error("other bytes were read")
+	}
+}
+
+// However the bytes come, each chunk has its own checksum.
+func TestChunkSums(t *testing.T) {
+	t.Parallel()
+	for _, size := range []int{1, DiscardChunk - 1, DiscardChunk, DiscardChunk + 1, 2*DiscardChunk + 77} {
+		for _, piece := range []int{100_003, DiscardChunk, 3 * DiscardChunk} {
+			data, _ := randomBlob(70, size)
+			c := newChunkSums(int64(size))
+			for p := range slices.Chunk(data, piece) {
+				c.add(p)
+			}
+			if int64(len(c.sums)) != chunks(int64(size)) {
+				t.Fatalf("%d bytes by %d: %d checksums, want %d", size, piece, len(c.sums), chunks(int64(size)))
+			}
+			for i, sum := range c.sums {
+				if sum != sha256.Sum256(data[i*DiscardChunk:min((i+1)*DiscardChunk, size)]) {
+					t.Errorf("%d bytes by %d: checksum %d is wrong", size, piece, i)
+				}
+			}
+		}
 	}
 }

@@ -34,6 +34,11 @@
 // the CRC of its record; so neither the order of write-back nor a torn record matters. A finished data file is fsynced before it is called complete, and is never written again:
 // it may have hard links elsewhere.
 //
+// # Memory
+//
+// Of a blob that is unpacked as it arrives the page cache keeps only what its hash and its unpack have yet to read, and
+// what is not on disk yet (behind.go). A blob that nobody reads, or that is read without Handle.Discard, stays there.
+//
 // # Between processes
 //
 // Whoever wants a blob looks at its folders in this order: a finished one is locked shared, verified, and used; else one

@@ -138,6 +138,7 @@ func (h *Handle) look(off int64) (data *os.File, n int64, changed <-chan struct{
 			return nil, 0, nil, fmt.Errorf("blob %s: %w", j.blob.Digest, ErrRestarted)
 		}
 		h.generation, h.read = j.generation, false
+		j.rereads(h)
 	}
 	switch {
 	case off < j.frontier:
@@ -145,6 +146,7 @@ func (h *Handle) look(off int64) (data *os.File, n int64, changed <-chan struct{
 			return nil, 0, nil, err
 		}
 		h.read = true
+		j.reads(h)
 		return j.folder.data, j.frontier - off, nil, nil
 	case j.err != nil:
 		return nil, 0, nil, j.err
@@ -182,7 +184,11 @@ func (h *Handle) Close() error {
 		h.job.mu.Lock()
 		h.closed = true
 		h.job.dismiss(h)
+		data := h.job.readThrough(h)
 		h.job.mu.Unlock()
+		if data != nil {
+			h.job.shared.dropPages(data, 0, 0)
+		}
 		if h.m.leave(h.job) {
 			h.m.retire(context.Background(), h.job)
 		}

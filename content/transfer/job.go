@@ -43,6 +43,7 @@ type job struct {
 	places  *places
 	digest  digester
 	discard *discarding // nil: the bytes are kept
+	behind  behind
 
 	// Guarded by Manager.mu.
 	waiters  int
@@ -91,6 +92,7 @@ func newJob(root string, b Blob, o Options, sh *shared) *job {
 		conns:   map[*conn]struct{}{},
 		ledger:  newLedger(b.Size),
 		places:  newPlaces(root, b),
+		behind:  behind{readers: map[*Handle]int64{}},
 	}
 	j.touch()
 	return j

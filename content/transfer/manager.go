@@ -134,10 +134,11 @@ func New(root string, o Options) (*Manager, error) {
 		kept:  &kept{root: root, seen: map[string]keptFolder{}},
 		apart: &discardFolders{root: root},
 		shared: &shared{
-			hosts:   o.Hosts,
-			running: make(chan struct{}, o.MaxTransfers),
-			liars:   map[string]time.Time{},
-			done:    map[string]stamp{},
+			dropPages: dropPages,
+			hosts:     o.Hosts,
+			running:   make(chan struct{}, o.MaxTransfers),
+			liars:     map[string]time.Time{},
+			done:      map[string]stamp{},
 		},
 	}, nil
 }

@@ -12,6 +12,8 @@ type shared struct {
 	hosts   *Hosts
 	running chan struct{} // a slot for each running transfer
 
+	dropPages func(f *os.File, off, n int64) // tests look
+
 	mu    sync.Mutex
 	liars map[string]time.Time // hosts that sent wrong bytes: for how long others are preferred
 	done  map[string]stamp     // finished data files by path, verified in this process

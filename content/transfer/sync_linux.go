@@ -15,6 +15,14 @@ func startWriteback(f *os.File, off, n int64) {
 	_ = unix.SyncFileRange(int(f.Fd()), off, n, unix.SYNC_FILE_RANGE_WRITE)
 }
 
+// dropPages asks the kernel to forget what it holds of a range in memory, but for what is not on disk yet; of all if n is
+// 0. A hint. The file may be closed meanwhile.
+func dropPages(f *os.File, off, n int64) {
+	if c, err := f.SyscallConn(); err == nil {
+		_ = c.Control(func(fd uintptr) { _ = unix.Fadvise(int(fd), off, n, unix.FADV_DONTNEED) })
+	}
+}
+
 // linkFile makes a hard link of the open file itself, whatever has become of its name.
 func linkFile(f *os.File, path string) error {
 	proc := "/proc/self/fd/" + strconv.Itoa(int(f.Fd()))

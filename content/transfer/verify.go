@@ -9,6 +9,7 @@ import (
 	"hash"
 	"io"
 	"os"
+	"sync"
 )
 
 const (
@@ -22,11 +23,26 @@ type digester struct {
 	off        int64 // what was hashed
 	generation int
 	buf        []byte
+	chunks     *chunkSums // nil: nobody wants them
 }
 
+// add hashes p. With chunks, which cost as much again, it is at the same time: nobody waits longer for the digest.
 func (d *digester) add(p []byte) {
+	var both sync.WaitGroup
+	if d.chunks != nil {
+		both.Go(func() { d.chunks.add(p) })
+	}
 	_, _ = d.Write(p) // never fails
+	both.Wait()
 	d.off += int64(len(p))
+}
+
+// sums are the chunks' checksums so far.
+func (d *digester) sums() [][sha256.Size]byte {
+	if d.chunks == nil {
+		return nil
+	}
+	return d.chunks.sums
 }
 
 func (d *digester) encoded() string { return hex.EncodeToString(d.Sum(nil)) }
@@ -38,6 +54,9 @@ func (j *job) digester() *digester {
 	generation := j.currentGeneration()
 	if j.digest.Hash == nil || j.digest.generation != generation {
 		j.digest = digester{Hash: sha256.New(), generation: generation}
+		if j.discards() {
+			j.digest.chunks = newChunkSums(j.blob.Size)
+		}
 	}
 	return &j.digest
 }
@@ -78,7 +97,7 @@ func (j *job) hashUpTo(ctx context.Context, d *digester, f *folder, end int64) e
 			return diskError(f.path, fmt.Errorf("read back at %d: %w", d.off, err))
 		}
 		d.add(d.buf[:n])
-		j.hashedUpTo(d.off)
+		j.hashedUpTo(d)
 	}
 	return nil
 }
@@ -108,13 +127,15 @@ func (j *job) servedBy() string {
 }
 
 // writeback starts writing to disk what lies below the frontier, so that the last fsync is short. It may be slowed
-// down by a busy disk, so it has a goroutine of its own.
+// down by a busy disk, so it has a goroutine of its own. What nobody needs any more is dropped from memory.
 func (j *job) writeback(ctx context.Context) error {
+	dropped := int64(0)
 	for off := int64(0); off+writebackStep <= j.blob.Size; off += writebackStep {
 		if _, err := j.below(ctx, off+writebackStep); err != nil {
 			return err
 		}
 		startWriteback(j.folder.data, off, writebackStep)
+		dropped = j.dropBehind(dropped, off+writebackStep)
 	}
 	return nil
 }

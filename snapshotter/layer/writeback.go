@@ -45,6 +45,20 @@ type flushFunc func(fd int, off, n int64, flags int) error
 // seconds for each GiB. Preallocation saves about as much and is not worth it: what
 // is zero would have to be punched out of it again. More than one writer gains
 // nothing that is buffered: copying takes a fifth of the time of the hash.
+//
+// In a whole pull, of 1.0 GB into 1.7 GB of layers on the same machine, the CPU time of
+// gantryd and containerd in seconds, median and range of three rounds in turns (the
+// machine did other work too, so times and first reads say nothing):
+//
+//	buffered                                6.09 (5.78 to 6.09)
+//	uncached (RWF_DONTCACHE, Linux 6.14)    5.56 (5.29 to 6.11)
+//
+// So a pull could be up to a tenth cheaper, by as much as the kernel need not find
+// memory for. But that moves the work to the container that starts, which then reads
+// at the disk's pace and finds memory for the same pages, and what a model's server or a
+// database does first is to read most of its layer. The kernel itself sees to it that
+// pages which were only written go before those in use. So all of a layer is buffered; the
+// page cache is spared where it serves nobody, behind the compressed blob's readers.
 type writeBack struct {
 	fd     int
 	flush  flushFunc
