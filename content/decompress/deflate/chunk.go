@@ -106,11 +106,18 @@ func (c *chunk) readable() bool { return c.verified && (c.sure || c.stage != run
 // errNotYet stops a guess that would need more of the input than it may hold.
 var errNotYet = errors.New("deflate: not verified yet")
 
+// copyStretch is how many stored bytes are copied between two boundaries that matter.
+const copyStretch = 64 << 10
+
 // boundary decides what c does at a block or member boundary: end there, or go
-// on until stop.
-func (e *engine) boundary(c *chunk, at mark) (end bool, stop int64, err error) {
+// on until stop. copying says that all since the last one was only copied: then
+// the next stretch is left to this worker as well, because a guess would cost more.
+func (e *engine) boundary(c *chunk, at mark, copying bool) (end bool, stop int64, err error) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
+	if c.sure {
+		e.setCopying(copying)
+	}
 	for {
 		n := c.next
 		switch {
@@ -118,6 +125,8 @@ func (e *engine) boundary(c *chunk, at mark) (end bool, stop int64, err error) {
 			return false, max(c.hi*8-8, at.bit+1), nil
 		case e.serial:
 			return false, -1, nil
+		case n == nil && copying && c.sure:
+			return false, at.bit + copyStretch*8, nil
 		case n == nil:
 			return true, 0, nil
 		case at.bit >= n.hi*8 && !c.verified:

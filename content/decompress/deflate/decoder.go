@@ -41,6 +41,9 @@ type decoder struct {
 	sure    bool // begins at the right place, and the window is known
 	phase   phase
 	stop    int64 // from where on block boundaries matter; from the start of the stream
+
+	seen  int64 // the last boundary that mattered
+	plain int   // stored bytes since then, up to this member
 }
 
 var decoders = sync.Pool{New: func() any { return new(decoder) }}
@@ -100,6 +103,7 @@ func (d *decoder) open() outcome {
 	bit := at.bit - d.base*8
 	d.started, d.sure, d.stop = true, win != nil, c.e.firstStop(c)
 	d.out.reset(d.c, win)
+	d.seen, d.plain, d.inf.plain = at.bit, 0, 0
 	if at.member {
 		d.phase, d.pos, d.out.marked = atHeader, int(bit>>3), false
 		return going
@@ -193,7 +197,7 @@ func (d *decoder) between(at mark) (outcome, error) {
 	if d.stop < 0 || at.bit < d.stop {
 		return going, nil
 	}
-	end, stop, err := d.c.e.boundary(d.c, at)
+	end, stop, err := d.c.e.boundary(d.c, at, d.copying(at))
 	if err != nil {
 		return going, err
 	}
@@ -202,6 +206,14 @@ func (d *decoder) between(at mark) (outcome, error) {
 	}
 	d.stop = stop
 	return going, nil
+}
+
+// copying says whether what was decoded since the last boundary that mattered is
+// little but stored blocks.
+func (d *decoder) copying(at mark) bool {
+	n, all := d.plain+d.inf.plain, (at.bit-d.seen)>>3
+	d.plain, d.inf.plain, d.seen = 0, 0, at.bit
+	return int64(n) > all-all/16
 }
 
 // beginMember reads a header, or finds the end of the stream.
@@ -227,6 +239,7 @@ func (d *decoder) beginMember() (outcome, error) {
 		return going, err
 	}
 	d.phase = atBlocks
+	d.plain += d.inf.plain
 	d.inf.reset(d.in, int64(d.pos)*8)
 	d.inf.extend(d.in, 0, d.eof)
 	return going, nil

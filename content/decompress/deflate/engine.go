@@ -27,6 +27,8 @@ type engine struct {
 	ended  bool // of the source
 	ratio  int  // output per input of the last chunk that was done
 
+	copying bool // of the chain: it is at stored blocks, so no guesses are made
+
 	counts counts
 
 	stopped atomic.Bool
@@ -49,9 +51,9 @@ func newEngine(src source, opts []Option) *engine {
 }
 
 // chunkSize is how many compressed bytes the next segment gets: fewer if the
-// stream expands a lot, or not at all: what is only copied should stay in the cache.
+// stream expands a lot, or is only copied, which should happen in the cache.
 func (e *engine) chunkSize() int {
-	if e.ratio <= 1 {
+	if e.copying {
 		return max(e.cfg.chunk/2, e.cfg.least)
 	}
 	return max(min(e.cfg.chunk, chunkOutput/max(e.ratio, 1)&^4095), e.cfg.least)
@@ -72,6 +74,7 @@ const (
 	nothing job = iota
 	decodeIt
 	resolveIt
+	loadIt
 )
 
 // pick returns the most urgent job. What the chain waits for goes first, what
@@ -88,6 +91,9 @@ func (e *engine) pick() (job, *chunk) {
 			return resolveIt, c
 		}
 	}
+	if e.copying && !e.serial && e.unloaded() != nil {
+		return loadIt, e.head
+	}
 	if e.final || e.serial || e.live >= chunksPerCPU*max(e.active, 1) {
 		return nothing, nil
 	}
@@ -100,7 +106,7 @@ func (e *engine) lengthen() (job, *chunk) {
 	for {
 		tail := e.tail
 		chained := tail == e.head && tail.stage == done
-		if e.ended && !chained {
+		if (e.ended || e.copying) && !chained {
 			return nothing, nil
 		}
 		seg := e.after(tail.last)
@@ -115,6 +121,14 @@ func (e *engine) lengthen() (job, *chunk) {
 			return decodeIt, c
 		}
 	}
+}
+
+// setCopying turns guesses off and on. e.mu is held.
+func (e *engine) setCopying(yes bool) {
+	if e.copying != yes {
+		e.work.Broadcast() // guesses may be made, or segments read
+	}
+	e.copying = yes
 }
 
 // loaded takes note of a segment: whether there is work for one more worker.
@@ -142,6 +156,8 @@ func (e *engine) run() {
 			e.decode(c)
 		case j == resolveIt:
 			e.resolve(c)
+		case j == loadIt:
+			e.preload(e.unloaded())
 		case e.final || e.stopped.Load():
 			e.active--
 			return

@@ -3,6 +3,7 @@ package deflate
 import (
 	"bytes"
 	"encoding/binary"
+	"math/bits"
 )
 
 // mark is a place where decoding can begin.
@@ -62,66 +63,38 @@ func find(in []byte, wanted func() bool) (m mark, ok bool) {
 // there was another block before it, the chunk before simply decodes that too.
 const storedAhead = 64<<10 + 16
 
-// dynamicBits is how many bits skips looks at: final, type, HLIT and HDIST.
-const dynamicBits = 13
-
-// skips tells for each value of the next bits how many of them can be passed
-// over, because no header of a dynamic block that is not the last one begins there.
-var skips = func() (t [1 << dynamicBits]uint8) {
-	for v := range t {
-		for t[v] < dynamicBits && !dynamicPrefix(v>>t[v], dynamicBits-int(t[v])) {
-			t[v]++
-		}
-	}
-	return t
-}()
-
-// dynamicPrefix says whether the n bits of v can begin such a header.
-func dynamicPrefix(v, n int) bool {
-	known := func(shift, width int) bool { return n >= shift+width }
-	switch {
-	case v&1 != 0,
-		known(1, 1) && v>>1&1 != 0,
-		known(2, 1) && v>>2&1 != 1,
-		known(3, 5) && v>>3&31 > 29,
-		known(8, 5) && v>>8&31 > 29:
-		return false
-	}
-	return true
-}
-
-// fourKraft adds up 128 >> length for four code lengths of three bits each.
-var fourKraft = func() (t [1 << 12]uint16) {
-	for v := range t {
-		for i := range 4 {
-			if l := v >> (3 * i) & 7; l != 0 {
-				t[v] += 128 >> l
-			}
-		}
-	}
-	return t
-}()
-
 // findDynamic returns the first bit from lo on and before hi where the header of
 // a dynamic block stands that is not the last one, wholly within in; -1 if none.
 func findDynamic(in []byte, lo, hi int64) int64 {
 	hi = min(hi, int64(len(in))*8-128) // the smallest header takes more
-	for bit := lo; bit < hi; {
-		word := binary.LittleEndian.Uint64(in[bit>>3:]) >> (bit & 7)
-		// 57 bits are valid: enough for several looks.
-		for end := min(bit+57-dynamicBits-4, hi); bit < end; {
-			skip := skips[word&(1<<dynamicBits-1)]
-			if skip == 0 {
-				if completePre(in, bit, uint(word>>13&15)+4) && checkHeader(in, bit) {
-					return bit
-				}
-				skip = 1
+	const step = 48                    // of 64 bits, since dynamicStarts and HCLEN look 17 bits ahead
+	for base := lo &^ 7; base < hi; base += step {
+		word := binary.LittleEndian.Uint64(in[base>>3:])
+		m := dynamicStarts(word) & (1<<step - 1)
+		if base < lo {
+			m &= ^uint64(0) << (lo - base)
+		}
+		for ; m != 0; m &= m - 1 {
+			i := bits.TrailingZeros64(m)
+			bit := base + int64(i)
+			if bit >= hi {
+				return -1
 			}
-			word >>= skip
-			bit += int64(skip)
+			if completePre(in, bit, uint(word>>(i+13)&15)+4) && checkLengths(in, bit) {
+				return bit
+			}
 		}
 	}
 	return -1
+}
+
+// dynamicStarts tells of all bits of w at once whether such a header may begin
+// there: one bit 0 (final), two of value 2 (type), HLIT and HDIST of five bits
+// each, which are not 30 or 31: these have four ones at the top.
+func dynamicStarts(w uint64) uint64 {
+	tooMany := w >> 4 & (w >> 5) & (w >> 6) & (w >> 7)
+	tooFar := w >> 9 & (w >> 10) & (w >> 11) & (w >> 12)
+	return ^w & ^(w >> 1) & (w >> 2) &^ tooMany &^ tooFar
 }
 
 // completePre says whether the n lengths of code length codes, 17 bits behind
@@ -129,9 +102,7 @@ func findDynamic(in []byte, lo, hi int64) int64 {
 func completePre(in []byte, bit int64, n uint) bool {
 	bit += 17
 	lens := binary.LittleEndian.Uint64(in[bit>>3:]) >> (bit & 7) & (1<<(3*n) - 1)
-	sum := fourKraft[lens&0xfff] + fourKraft[lens>>12&0xfff] + fourKraft[lens>>24&0xfff] +
-		fourKraft[lens>>36&0xfff] + fourKraft[lens>>48&0xfff]
-	return sum == 128
+	return preSum(lens) == 128
 }
 
 // findStored returns the first byte from lo on and before hi where the length of

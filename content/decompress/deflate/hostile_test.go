@@ -6,6 +6,7 @@ import (
 	"encoding/binary"
 	"hash/crc32"
 	"math/rand/v2"
+	"sync"
 	"testing"
 )
 
@@ -45,9 +46,13 @@ func appendTrailer(b, data []byte) []byte {
 	return binary.LittleEndian.AppendUint32(b, uint32(len(data)))
 }
 
+var blendKinds = sync.OnceValue(func() [][]byte {
+	return [][]byte{prose(70_000), noise(70_000, false), noise(70_000, true), make([]byte, 70_000), bytes.Repeat([]byte("ab"), 35_000)}
+})
+
 // blend is data of all kinds in patches.
 func blend(r *rand.Rand, n int) []byte {
-	kinds := [][]byte{prose(70_000), noise(70_000, false), noise(70_000, true), make([]byte, 70_000), bytes.Repeat([]byte("ab"), 35_000)}
+	kinds := blendKinds()
 	var out []byte
 	for len(out) < n {
 		k := kinds[r.IntN(len(kinds))]
@@ -176,7 +181,7 @@ func mutateGzip(r *rand.Rand, in []byte) []byte {
 
 func TestMutatedMembers(t *testing.T) {
 	t.Parallel()
-	rounds := uint64(60)
+	rounds := uint64(40)
 	if testing.Short() {
 		rounds = 10
 	}

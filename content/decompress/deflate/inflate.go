@@ -63,6 +63,7 @@ type inflater struct {
 	state state
 	final bool // the block at hand is the last one
 	left  int  // bytes of a stored block not copied yet
+	plain int  // bytes of stored blocks that were copied
 	clean int  // where decodeMarked's output has no marker any more
 
 	t     *tables // of the block at hand: &own or fixedTables
@@ -74,7 +75,7 @@ type inflater struct {
 // reset starts at the given bit of in, where a block header stands; bit may be any, not only a multiple of 8.
 func (f *inflater) reset(in []byte, bit int64) {
 	f.in, f.at, f.eof = in, bit, false
-	f.state, f.final, f.left, f.clean = inHeader, false, 0, 0
+	f.state, f.final, f.left, f.plain, f.clean = inHeader, false, 0, 0, 0
 }
 
 // extend replaces the input by the same bytes and more of them, which may have moved; eof says that no more will follow.
@@ -271,6 +272,7 @@ func (f *inflater) storedBytes(out []byte, n int) (newN int, done bool) {
 	c := copy(out[n:], f.in[i:min(len(f.in), i+f.left)])
 	f.at += int64(c) * 8
 	f.left -= c
+	f.plain += c
 	return n + c, f.left == 0
 }
 
@@ -281,6 +283,7 @@ func (f *inflater) storedMarked(out []uint16, n int) (newN int, done bool) {
 	widen(out[n:n+c], f.in[i:i+c])
 	f.at += int64(c) * 8
 	f.left -= c
+	f.plain += c
 	return n + c, f.left == 0
 }
 

@@ -74,9 +74,13 @@ func readLengths(r *bitReader, lens *[320]uint8) (nlit, ndist int, err error) {
 	if err := table.build(&pre); err != nil {
 		return 0, 0, err
 	}
+	used := 0 // of the literal code's space: most of what is no header takes too much of it soon
 	for i := 0; i < nlit+ndist; {
 		if r.over() {
 			return 0, 0, nil
+		}
+		if used > 1<<maxCode && i <= nlit {
+			return 0, 0, errOversubscribed
 		}
 		word := peek(r.in, r.at)
 		e := table[word&127]
@@ -85,6 +89,7 @@ func readLengths(r *bitReader, lens *[320]uint8) (nlit, ndist int, err error) {
 		sym := e >> 3
 		if sym < 16 {
 			lens[i] = sym
+			used += spaces[sym]
 			i++
 			continue
 		}
@@ -104,6 +109,7 @@ func readLengths(r *bitReader, lens *[320]uint8) (nlit, ndist int, err error) {
 		if i+n > nlit+ndist {
 			return 0, 0, errRepeat
 		}
+		used += n * spaces[value&15]
 		for range n {
 			lens[i] = value
 			i++
@@ -114,6 +120,14 @@ func readLengths(r *bitReader, lens *[320]uint8) (nlit, ndist int, err error) {
 	}
 	return nlit, ndist, nil
 }
+
+// spaces is what a code of each length takes of all 1<<maxCode.
+var spaces = func() (s [maxCode + 1]int) {
+	for l := 1; l <= maxCode; l++ {
+		s[l] = 1 << maxCode >> l
+	}
+	return s
+}()
 
 // checkHeader says whether a valid header of a dynamic block stands at the given bit of in, wholly within it, final or not:
 // codes as zlib demands them, and one for the end of the block. A random bit costs about 3 ns: most fail at the filters.

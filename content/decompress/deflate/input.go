@@ -53,6 +53,7 @@ type segment struct {
 	next  *segment
 	refs  int
 	owned bool // by a chunk, which has the first reference
+	asked bool // somebody reads it, or has
 	once  sync.Once
 	prev  *segment // loaded before this one, if the source is a stream; nil then
 
@@ -92,6 +93,38 @@ func (e *engine) after(g *segment) *segment {
 		}
 	}
 	return g.next
+}
+
+// preloaded is how many segments are read ahead of what is only copied.
+const preloaded = 2
+
+// unloaded is the next segment that a worker should read for the one that copies,
+// which would otherwise have to read it, too; nil if there is none. e.mu is held.
+func (e *engine) unloaded() *segment {
+	c := e.head
+	if c.stage != running || c.dec == nil || c.dec.seg == nil || e.ended || e.final {
+		return nil
+	}
+	g := c.dec.seg
+	for range preloaded {
+		if g = e.after(g); !g.asked {
+			return g
+		}
+	}
+	return nil
+}
+
+// preload reads g. e.mu is held, but not while it reads.
+func (e *engine) preload(g *segment) {
+	g.asked = true
+	g.refs++
+	e.mu.Unlock()
+	g.load()
+	e.mu.Lock()
+	e.unref(g)
+	if g.err != nil {
+		e.ended = true
+	}
 }
 
 // unref drops a reference. e.mu is held.
@@ -176,6 +209,12 @@ func (f *feed) stopAt(g *segment) {
 		e.unref(f.seg)
 	}
 	f.seg = g
+	if g != nil {
+		g.asked = true
+		if e.copying {
+			e.work.Broadcast() // the one behind may be read
+		}
+	}
 }
 
 // more makes bytes behind f.in visible and forgets those before keep. drop is
