@@ -1,8 +1,12 @@
 package layer
 
 import (
+	"bytes"
+	"fmt"
 	"strings"
 	"testing"
+
+	"github.com/containerd/errdefs"
 
 	"github.com/gantryd/gantry/snapshotter/erofs"
 )
@@ -32,6 +36,23 @@ func TestLookupDeep(t *testing.T) {
 		}
 		if names := strings.Count(path, "/"); steps > names {
 			t.Errorf("%.20s: %d steps for %d names", path, steps, names)
+		}
+	}
+}
+
+// A tar's names may be a MiB long, but an error goes into a pod's events: it shows the beginning of them.
+func TestErrorsAreShort(t *testing.T) {
+	t.Parallel()
+	long := strings.Repeat("name/", 200_000)
+	short := makeTar(pax(file("f", strings.Repeat("x", 10_000)), "path", "n"+long[:5000]))
+	for name, tar := range map[string][]byte{
+		"name":      makeTar(pax(file("f", "x"), "path", long+"f")),
+		"hard link": makeTar(pax(hardlink("f", "x"), "linkpath", long+"f")),
+		"short":     short[:len(short)-4096],
+	} {
+		_, err := Scan(t.Context(), bytes.NewReader(tar))
+		if err == nil || len(err.Error()) > 1000 || !errdefs.IsInvalidArgument(err) {
+			t.Errorf("%s: error %.200v of %d bytes", name, err, len(fmt.Sprint(err)))
 		}
 	}
 }

@@ -206,7 +206,7 @@ func (x *indexer) attributes(dir, up *erofs.Inode, path string) (*erofs.Inode, e
 		a.Path, a.inherit = path, flags
 		found, err := fromParents(a, x.parents)
 		if err != nil {
-			return nil, fmt.Errorf("attributes of %q: %w", path, err)
+			return nil, fmt.Errorf("attributes of %.300q: %w", path, err)
 		}
 		out = cloneInode(dir)
 		merge(out, flags, found)
