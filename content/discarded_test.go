@@ -293,6 +293,21 @@ func TestOtherBytesThanDiscarded(t *testing.T) {
 	}
 }
 
+// A disk without room for the bytes is not the registry's fault.
+func TestNoRoomForDiscarded(t *testing.T) {
+	t.Parallel()
+	data, d := randomBytes(t, 5000)
+	full := fmt.Errorf("the disk is full, free some space: %w", errdefs.ErrResourceExhausted)
+	s := discardingStore(t, t.TempDir(), data, Options{Refetcher: &fakeRefetcher{refetch: &fakeRefetch{data: data, err: full}}})
+	_, err := ccontent.ReadBlob(t.Context(), s, ocispec.Descriptor{Digest: d})
+	if !errdefs.IsResourceExhausted(err) || !strings.Contains(err.Error(), "no room") || !strings.Contains(err.Error(), d.String()) {
+		t.Errorf("read: %v", err)
+	}
+	if err != nil && strings.Contains(err.Error(), "registry") {
+		t.Errorf("%v sends the reader to the registry", err)
+	}
+}
+
 func TestSourceOfDiscardedIsGone(t *testing.T) {
 	t.Parallel()
 	data, d := randomBytes(t, 5000)

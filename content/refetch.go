@@ -192,14 +192,14 @@ func (r *refetch) gone(ctx context.Context, err error) error {
 	for i, o := range r.record.Origins {
 		from[i] = o.String()
 	}
-	var class error = errdefs.ErrUnavailable
-	if errdefs.IsResourceExhausted(err) {
-		class = errdefs.ErrResourceExhausted
+	if errdefs.IsResourceExhausted(err) { // the registry is not to blame
+		return fmt.Errorf(`blob %s: its compressed bytes were discarded after unpacking (content.retain = "none") and there is no room to fetch them again: %w`,
+			r.record.Digest, err)
 	}
 	// The kind of the cause is not the kind of this: what is not found is not the content.
 	return fmt.Errorf(`blob %s: its compressed bytes were discarded after unpacking (content.retain = "none") and cannot be had again from %s: %s; `+
 		`once that registry serves the blob again, repeat this, or remove the image and pull it from another one: %w`,
-		r.record.Digest, strings.Join(from, " or "), err.Error(), class)
+		r.record.Digest, strings.Join(from, " or "), err.Error(), errdefs.ErrUnavailable)
 }
 
 // again makes the first bytes readable after ErrAborted.

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"runtime"
 
 	"github.com/klauspost/compress/zstd"
 )
@@ -17,6 +18,8 @@ const (
 	batchFrames = 4096
 	// smallWindow is what a decoder may keep between frames.
 	smallWindow = 16 << 20
+	// largeWindow is from where on what a decoder kept is collected before others may have as much.
+	largeWindow = 64 << 20
 )
 
 // zstdPlanner decodes small frames whole, on workers and several at once, and
@@ -327,6 +330,11 @@ func (s *zstdStream) shut() {
 	if s.dec != nil {
 		s.dec.Close()
 		s.dec = nil
+		if s.window.bytes > largeWindow {
+			// The next holder allocates as much at once, and the collector lets that happen before it finds that
+			// this is garbage: eight layers with windows of 128 MiB took 900 MiB. It would have to run anyway.
+			runtime.GC()
+		}
 	}
 	s.window.release()
 	s.window = grant{}

@@ -212,17 +212,17 @@ func (b *builder) linkTarget(name string) (*erofs.Inode, error) {
 	parent, base := filepath.Split(name)
 	parent, err := b.resolve(parent)
 	if err != nil {
-		return nil, fmt.Errorf("hard link to %q: %w", name, err)
+		return nil, fmt.Errorf("hard link to %.300q: %w", name, err)
 	}
 	n, err := b.lookup(filepath.Join(parent, base))
 	if err == nil && isDir(n) {
 		err = unix.EPERM
 	}
 	if errors.Is(err, unix.ENOENT) {
-		return nil, fmt.Errorf("hard link to %q, which is no earlier member of this layer: %w", name, err)
+		return nil, fmt.Errorf("hard link to %.300q, which is no earlier member of this layer: %w", name, err)
 	}
 	if err != nil {
-		return nil, fmt.Errorf("hard link to %q: %w", name, err)
+		return nil, fmt.Errorf("hard link to %.300q: %w", name, err)
 	}
 	n.Shared = true
 	return n, nil
@@ -266,7 +266,7 @@ func (b *builder) whiteout(dir *erofs.Inode, parent, base string, hdr *tar.Heade
 		return err
 	}
 	if b.child(dir, base) != nil {
-		return fmt.Errorf("whiteout of %q, which this layer has: %w", base, unix.EEXIST)
+		return fmt.Errorf("whiteout of %.300q, which this layer has: %w", base, unix.EEXIST)
 	}
 	n := b.newInode(dir, unix.S_IFCHR)
 	chown(n, hdr.Uid, hdr.Gid)
@@ -278,7 +278,7 @@ func (b *builder) finish() (*Table, error) {
 	for _, d := range b.times {
 		n, err := b.timesTarget(d.name)
 		if err != nil {
-			return nil, fmt.Errorf("tar member %q, a directory that a later member replaced: %w", d.name, err)
+			return nil, fmt.Errorf("tar member %.300q, a directory that a later member replaced: %w", d.name, err)
 		}
 		n.Mtime, n.MtimeNsec = d.sec, d.nsec
 		if was := b.inherit[n]; was != 0 {

@@ -93,7 +93,7 @@ func readLink(tree linkReader, path string, links *int) (string, bool, error) {
 		return path, false, nil
 	}
 	if err != nil {
-		return "", false, fmt.Errorf("%q: %w", path, err)
+		return "", false, fmt.Errorf("%.300q: %w", path, err)
 	}
 	if mode&unix.S_IFMT != unix.S_IFLNK {
 		return path, false, nil

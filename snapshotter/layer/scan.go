@@ -67,7 +67,7 @@ func (s *scanner) run(ctx context.Context) (*Table, error) {
 			return nil, s.readError(err)
 		}
 		if err := s.member(hdr); err != nil {
-			return nil, fmt.Errorf("tar member %q: %w: %w", hdr.Name, err, errdefs.ErrInvalidArgument)
+			return nil, fmt.Errorf("tar member %.300q: %w: %w", hdr.Name, err, errdefs.ErrInvalidArgument)
 		}
 	}
 	t, err := s.build.finish()
@@ -92,9 +92,9 @@ func (s *scanner) readError(err error) error {
 	case s.tape.err != nil:
 		return fmt.Errorf("read tar at byte %d: %w", s.tape.pos, s.tape.err)
 	case s.build.entries > 0 && errors.Is(err, io.ErrUnexpectedEOF) && s.tape.pos <= s.end:
-		return fmt.Errorf("tar member %q: the tar ends before its data: %w", s.last, errdefs.ErrInvalidArgument)
+		return fmt.Errorf("tar member %.300q: the tar ends before its data: %w", s.last, errdefs.ErrInvalidArgument)
 	case s.build.entries > 0:
-		return fmt.Errorf("tar header after member %q at byte %d: %w: %w", s.last, s.tape.headerAt, err, errdefs.ErrInvalidArgument)
+		return fmt.Errorf("tar header after member %.300q at byte %d: %w: %w", s.last, s.tape.headerAt, err, errdefs.ErrInvalidArgument)
 	}
 	return fmt.Errorf("first tar header: %w: %w", err, errdefs.ErrInvalidArgument)
 }

@@ -78,16 +78,21 @@ var _ Parent = (*Table)(nil)
 
 // Lookup implements Parent.
 func (t *Table) Lookup(path string) (Attr, Kind, error) {
-	path, err := rootPath(t, path)
-	if err != nil {
-		return Attr{}, Other, nil //nolint:nilerr // a loop or a file on the way: not a directory
+	n, plain := t.plain(path)
+	if !plain {
+		var err error
+		if path, err = rootPath(t, path); err != nil {
+			return Attr{}, Other, nil //nolint:nilerr // a loop or a file on the way: not a directory
+		}
+		if n, err = t.lookup(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return Attr{Path: path}, Other, nil //nolint:nilerr // as above
+		}
 	}
-	n, err := t.lookup(path)
 	switch {
-	case errors.Is(err, fs.ErrNotExist):
+	case n == nil:
 		return Attr{Path: path}, Absent, nil
-	case err != nil || !isDir(n):
-		return Attr{Path: path}, Other, nil //nolint:nilerr // as above
+	case !isDir(n):
+		return Attr{Path: path}, Other, nil
 	}
 	a := attrOf(n)
 	a.Path, a.inherit = path, t.inherit[n]
@@ -95,6 +100,30 @@ func (t *Table) Lookup(path string) (Attr, Kind, error) {
 		return a, Implied, nil
 	}
 	return a, Directory, nil
+}
+
+// plain finds a path that leads through directories alone, nil if it ends before. It takes each name once, where rootPath
+// begins at the root again for each of them: a layer may
+// imply directories 2000 deep, each of which is looked up. For any other path the answer is false.
+func (t *Table) plain(path string) (*erofs.Inode, bool) {
+	if path != filepath.Clean(path) || !filepath.IsAbs(path) || t.checkPath(path) != nil {
+		return nil, false
+	}
+	n := t.root
+	for rest := path[1:]; rest != ""; {
+		var name string
+		name, rest, _ = strings.Cut(rest, "/")
+		if !isDir(n) || len(name) > nameMax {
+			return nil, false
+		}
+		if n = t.find(n, name); n == nil {
+			return nil, true
+		}
+		if n.Mode&unix.S_IFMT == unix.S_IFLNK {
+			return nil, false
+		}
+	}
+	return n, true
 }
 
 func attrOf(n *erofs.Inode) Attr {
@@ -177,7 +206,7 @@ func (x *indexer) attributes(dir, up *erofs.Inode, path string) (*erofs.Inode, e
 		a.Path, a.inherit = path, flags
 		found, err := fromParents(a, x.parents)
 		if err != nil {
-			return nil, fmt.Errorf("attributes of %q: %w", path, err)
+			return nil, fmt.Errorf("attributes of %.300q: %w", path, err)
 		}
 		out = cloneInode(dir)
 		merge(out, flags, found)

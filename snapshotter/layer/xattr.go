@@ -97,7 +97,7 @@ func (p *xattrPool) applyAll(n *erofs.Inode, records map[string]string) (int, er
 			continue
 		}
 		if err != nil {
-			return 0, fmt.Errorf("extended attribute %q of %d bytes: %w", name, len(value), err)
+			return 0, fmt.Errorf("extended attribute %.300q of %d bytes: %w", name, len(value), err)
 		}
 	}
 	return grown, nil
