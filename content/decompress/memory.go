@@ -135,6 +135,15 @@ func (m *memory) get(size int, must bool) (*buffer, error) {
 	return nil, errBusy
 }
 
+// room says whether a buffer of at least that size can be waited for by who keeps held.
+func (m *memory) room(size int, held *buffer) bool {
+	_, n := classOf(size)
+	if held.extra.bytes == 0 {
+		n += len(held.b)
+	}
+	return int64(n) <= m.reserve
+}
+
 func (m *memory) await() error {
 	return m.fail(m.with(func(ctx context.Context) error {
 		select {

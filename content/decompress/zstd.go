@@ -33,6 +33,8 @@ type zstdPlanner struct {
 	whole   *zstd.Decoder // decodes small frames; nil until there is one
 	small   bool          // the last frame of unknown size was small
 
+	gathered int // bytes of the last job
+
 	batch  *zstdBatch // gathered, waiting for memory
 	stream zstdStream
 	err    error // met behind frames that are a job already
@@ -111,12 +113,21 @@ func (z *zstdPlanner) skip() error {
 	}
 }
 
-// ahead says whether to decode the frame as a whole.
+// ahead says whether to decode the frame as a whole. Without workers only small
+// frames are: larger ones are faster as a stream, whose window stays in the cache.
 func (z *zstdPlanner) ahead(f *zstdFrame) bool {
 	if f.known {
-		return f.size <= maxAhead
+		return f.size <= z.most()
 	}
 	return z.small
+}
+
+// most is how much a frame may hold, and how long it may be, to be decoded as a whole.
+func (z *zstdPlanner) most() int64 {
+	if z.workers == 1 {
+		return blockSize
+	}
+	return maxAhead
 }
 
 // zstdBatch is some frames that are gathered.
@@ -131,14 +142,14 @@ type zstdBatch struct {
 // large, or for which there is no memory, becomes a stream.
 func (z *zstdPlanner) gather(f *zstdFrame, must bool) (*job, error) {
 	b := &zstdBatch{in: gather{limit: maxAhead}}
-	first, err := z.mem.get(4*firstGather, must)
+	first, err := z.input(must)
 	if err != nil {
 		return nil, err
 	}
 	b.in.buf, z.batch = first, b
 	for {
 		start := b.in.n
-		err = f.gather(z.br, &b.in, z.mem, false)
+		err = f.gather(z.br, &b.in, z.mem, z.most())
 		z.small = z.small && err == nil
 		if err != nil {
 			return z.leave(f, start, err, must)
@@ -150,6 +161,17 @@ func (z *zstdPlanner) gather(f *zstdFrame, must bool) (*job, error) {
 			return z.dispatch(must)
 		}
 	}
+}
+
+// input returns a buffer to gather in: where there is memory, one that takes as
+// much as the last job had, so that it need not be copied as it grows.
+func (z *zstdPlanner) input(must bool) (*buffer, error) {
+	if z.gathered > 4*firstGather {
+		if buf := z.mem.try(z.gathered + z.gathered/8); buf != nil {
+			return buf, nil
+		}
+	}
+	return z.mem.get(4*firstGather, must)
 }
 
 // another returns the header of a frame that fits into the batch, if that can be
@@ -196,7 +218,8 @@ func (z *zstdPlanner) leave(f *zstdFrame, start int, err error, must bool) (*job
 func (z *zstdPlanner) dispatch(must bool) (*job, error) {
 	b := z.batch
 	size := b.bound + zstdBlock // the decoder is faster where a block has room
-	out, err := z.mem.get(int(size), must && size <= 2*blockSize)
+	// What is gathered is held until then: a wait must be for others' buffers only.
+	out, err := z.mem.get(int(size), must && z.mem.room(int(size), b.in.buf))
 	if errors.Is(err, errBusy) && must && z.stream.tail == nil {
 		z.batch = nil
 		if err := z.stream.open(zstdTail{gathered: b.in.bytes(), frame: &zstdFrame{last: true}, br: z.br}, b.window); err != nil {
@@ -209,7 +232,7 @@ func (z *zstdPlanner) dispatch(must bool) (*job, error) {
 	if err != nil {
 		return nil, err
 	}
-	z.batch = nil
+	z.batch, z.gathered = nil, b.in.n
 	if err := z.prepare(); err != nil {
 		out.free()
 		b.in.free()
@@ -249,7 +272,7 @@ func (b *zstdBatch) run(dec *zstd.Decoder) func(*job) (int, error) {
 func (z *zstdPlanner) streamed() (*job, error) {
 	j, frame, err := z.stream.next()
 	if frame != nil && !frame.known {
-		z.small = frame.most <= maxAhead
+		z.small = frame.most <= z.most()
 	}
 	if err != nil {
 		return nil, err

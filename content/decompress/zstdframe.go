@@ -103,20 +103,22 @@ func (f *zstdFrame) step(br *bufio.Reader) (int, error) {
 	return f.left, nil
 }
 
-// gather reads the rest of the frame. On errBusy some of it may have been read.
-func (f *zstdFrame) gather(br *bufio.Reader, g *gather, mem *memory, must bool) error {
+// gather reads the rest of the frame, which is not waited for memory with. On
+// errBusy, which a frame that is or holds more than most is too, some of it may
+// have been read.
+func (f *zstdFrame) gather(br *bufio.Reader, g *gather, mem *memory, most int64) error {
 	for {
 		n, err := f.step(br)
 		if n == 0 || err != nil {
 			return err
 		}
 		before := g.n
-		err = g.read(br, n, mem, must)
+		err = g.read(br, n, mem, false)
 		f.left -= g.n - before
 		if err != nil {
 			return err
 		}
-		if g.n > maxAhead || !f.known && f.most > maxAhead {
+		if g.n > maxAhead || !f.known && f.most > most {
 			return errBusy
 		}
 	}

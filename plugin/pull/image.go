@@ -113,6 +113,9 @@ func (p *Puller) end(img *image) {
 		p.release(u)
 	}
 	img.handles, img.unpacks = nil, nil
+	if img.waiters > 0 {
+		img.left = time.Now() // the puller closes
+	}
 	entry := log.L.WithFields(log.Fields{
 		"namespace": img.key.namespace, "manifest": img.key.manifest, "ref": p.hints.ref(img.key.namespace, img.key.manifest),
 		"duration": img.left.Sub(img.started).Round(time.Millisecond),

@@ -226,7 +226,7 @@ func TestWriteEndsWithContext(t *testing.T) {
 }
 
 // slowToSpread is a context whose end others learn of late: it has ended, and contexts made of it have not.
-type slowToSpread struct{ context.Context }
+type slowToSpread struct{ context.Context } //nolint:containedctx // it is one
 
 func (slowToSpread) Done() <-chan struct{} { return nil }
 
