@@ -1,3 +1,7 @@
+//go:build !race
+
+// The race detector's build keeps a window alive for longer, so what is measured here is not what gantryd does.
+
 package decompress
 
 import (
@@ -6,6 +10,7 @@ import (
 	"runtime"
 	"sync"
 	"testing"
+	"time"
 )
 
 // wideFrame is a zstd frame with a window of 128 MiB that holds that many MiB, stored.
@@ -39,11 +44,23 @@ func TestLargeWindowsStayInBudget(t *testing.T) { //nolint:paralleltest // it me
 			}
 		})
 	}
-	wg.Wait()
-	runtime.ReadMemStats(&after)
-	grown := int64(after.HeapSys) - int64(before.HeapSys)
+	over, most := make(chan struct{}), uint64(0)
+	go func() {
+		defer close(over)
+		wg.Wait()
+	}()
+	for running := true; running; {
+		select {
+		case <-over:
+			running = false
+		case <-time.After(5 * time.Millisecond):
+		}
+		runtime.ReadMemStats(&after)
+		most = max(most, after.HeapInuse)
+	}
+	grown := int64(most) - int64(before.HeapInuse)
 	t.Logf("the heap grew by %d MiB", grown>>20)
-	if most := int64(3 * MaxWindow); grown > most { // the budget lets one reader at a time have twice the window
-		t.Errorf("the heap grew by %d MiB, at most %d are expected", grown>>20, most>>20)
+	if bound := int64(3 * MaxWindow); grown > bound { // the budget lets one reader at a time have twice the window
+		t.Errorf("the heap grew by %d MiB, at most %d are expected", grown>>20, bound>>20)
 	}
 }

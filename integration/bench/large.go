@@ -54,7 +54,7 @@ func (b *bench) small(ctx context.Context) error {
 }
 
 // largeSpec is an image of about 1 GB compressed in three layers: 0.8 GB of zip and gzip archives, and twice 0.44 GB of source
-// code in small files. All are packed by Go's own gzip, with which docker, BuildKit and containerd pack layers.
+// code in small files. All are packed by Go's own gzip, with which BuildKit and containerd pack layers.
 func largeSpec() harness.ImageSpec {
 	return harness.ImageSpec{Layers: []harness.LayerSpec{
 		{Tar: harness.Sources("usr", 11, 440e6, 13_000), Compression: harness.GzipGo},
