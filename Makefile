@@ -37,7 +37,7 @@ test: test-unit test-integration ## run all tests (root)
 .PHONY: test-unit
 test-unit: prerequisites ## run the tests beside the code (RACE=1: with the race detector)
 	go test $(if $(RACE),-race) -timeout 10m $$(go list ./... | grep -v /integration)
-	$(if $(RACE),go test -run LargeWindows ./content/decompress # which the detector's build leaves out)
+	$(if $(RACE),go test -run 'LargeWindows|Million' ./content/decompress ./snapshotter/layer # which the detector's build leaves out)
 
 .PHONY: test-integration
 test-integration: build peers prerequisites ## run the tests against containerd, runc and a registry (RUN=regexp)
