@@ -21,8 +21,8 @@ type dropped struct {
 func (d *dropped) drop(_ *os.File, off, n int64) {
 	d.job.mu.Lock()
 	least := d.job.behind.hashed
-	for _, mark := range d.job.behind.readers {
-		least = min(least, mark)
+	for _, r := range d.job.behind.readers {
+		least = min(least, r.mark)
 	}
 	d.job.mu.Unlock()
 	d.mu.Lock()

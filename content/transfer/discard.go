@@ -198,9 +198,8 @@ func (h *Handle) Discard(upTo int64) {
 	if d == nil {
 		j.mu.Lock()
 		defer j.mu.Unlock()
-		if mark, ok := j.behind.readers[h]; ok && h.generation == j.generation {
-			j.behind.readers[h] = max(mark, upTo)
-			j.behind.moved = time.Now()
+		if r, ok := j.behind.readers[h]; ok && h.generation == j.generation && upTo > r.mark {
+			j.behind.readers[h] = progress{mark: upTo, moved: time.Now()}
 		}
 		return
 	}

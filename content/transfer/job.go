@@ -92,7 +92,7 @@ func newJob(root string, b Blob, o Options, sh *shared) *job {
 		conns:   map[*conn]struct{}{},
 		ledger:  newLedger(b.Size),
 		places:  newPlaces(root, b),
-		behind:  behind{readers: map[*Handle]int64{}},
+		behind:  behind{readers: map[*Handle]progress{}},
 	}
 	j.touch()
 	return j

@@ -44,7 +44,7 @@ func (j *job) chunk(h *host, n int) int64 {
 		return j.opts.ChunkSize
 	}
 	size := min(j.aim(h.shared), j.ledger.unclaimed()/int64(2*n))
-	if j.readAlong() {
+	if _, ok := j.lag(); ok {
 		size = min(size, readChunk)
 	}
 	return max(size/blockSize*blockSize, chunkMin)
