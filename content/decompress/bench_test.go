@@ -109,7 +109,7 @@ func BenchmarkAgainstLibrary(b *testing.B) {
 			var plain, one, all []time.Duration
 			for b.Loop() {
 				plain = append(plain, timed(b, len(data), func() int64 { return c.plain(b, c.in) }))
-				one = append(one, timed(b, len(data), func() int64 { return nexts(b, c.in, WithWorkers(1)) }))
+				one = append(one, timed(b, len(data), func() int64 { return nexts(b, c.in, withWorkers(1)) }))
 				all = append(all, timed(b, len(data), func() int64 { return nexts(b, c.in) }))
 			}
 			report := func(name string, times []time.Duration) float64 {

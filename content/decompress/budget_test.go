@@ -43,7 +43,7 @@ func TestBudgetSharedByMany(t *testing.T) {
 			var wg sync.WaitGroup
 			for i := range 4 * len(streams) {
 				wg.Go(func() {
-					r, err := NewReader(t.Context(), bytes.NewReader(streams[i%len(streams)]), WithBudget(b), WithWorkers(2))
+					r, err := NewReader(t.Context(), bytes.NewReader(streams[i%len(streams)]), WithBudget(b), withWorkers(2))
 					if err != nil {
 						t.Error(err)
 						return
@@ -82,7 +82,7 @@ func TestScarceMemoryGivesTheSameBytes(t *testing.T) {
 		for _, workers := range []int{1, 2, 8} {
 			t.Run(fmt.Sprintf("%s/%d", name, workers), func(t *testing.T) {
 				t.Parallel()
-				r, err := NewReader(t.Context(), bytes.NewReader(in), WithBudget(NewBudget(1)), WithWorkers(workers))
+				r, err := NewReader(t.Context(), bytes.NewReader(in), WithBudget(NewBudget(1)), withWorkers(workers))
 				if err != nil {
 					t.Fatal(err)
 				}
@@ -148,7 +148,7 @@ func TestWaitsEndWithTheirContext(t *testing.T) {
 
 // hoard reads without giving anything back before the end.
 func hoard(ctx context.Context, in []byte, b *Budget) error {
-	r, err := NewReader(ctx, bytes.NewReader(in), WithBudget(b), WithWorkers(1))
+	r, err := NewReader(ctx, bytes.NewReader(in), WithBudget(b), withWorkers(1))
 	if err != nil {
 		return err
 	}
@@ -171,7 +171,7 @@ func TestBlocksOutliveTheReader(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			b := NewBudget(DefaultBudget)
-			r, err := NewReader(t.Context(), bytes.NewReader(in), WithBudget(b), WithWorkers(2))
+			r, err := NewReader(t.Context(), bytes.NewReader(in), WithBudget(b), withWorkers(2))
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -260,7 +260,7 @@ func TestScarceMemoryDoesNotHoldUpFrames(t *testing.T) {
 					// Who waits for himself waits for nothing else: the time comes at once.
 					ctx, cancel := context.WithTimeout(t.Context(), time.Hour)
 					defer cancel()
-					r, err := NewReader(ctx, bytes.NewReader(in), WithBudget(NewBudget(1)), WithWorkers(workers))
+					r, err := NewReader(ctx, bytes.NewReader(in), WithBudget(NewBudget(1)), withWorkers(workers))
 					if err != nil {
 						t.Fatal(err)
 					}

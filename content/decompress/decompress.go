@@ -64,10 +64,6 @@ type options struct {
 // [DefaultBudget] for itself.
 func WithBudget(b *Budget) Option { return func(o *options) { o.budget = b } }
 
-// WithWorkers bounds how many goroutines decode one stream; GOMAXPROCS if it is
-// not given or below 1. With 1 everything is done by the caller.
-func WithWorkers(n int) Option { return func(o *options) { o.workers = n } }
-
 // WithIdle has each wait of the reader for memory that other readers hold run by
 // idle, with the context of NewReader and on the goroutine that called NewReader
 // or reads. If those readers need something that the caller has (a place among

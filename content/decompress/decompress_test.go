@@ -23,6 +23,10 @@ import (
 	"go.uber.org/goleak"
 )
 
+// withWorkers bounds how many goroutines decode one stream. With 1 everything is
+// done by the caller.
+func withWorkers(n int) Option { return func(o *options) { o.workers = n } }
+
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 
 // sample is half text, half noise, so that every format both matches and stores.
@@ -218,7 +222,7 @@ func TestFormats(t *testing.T) {
 		for how, read := range readings {
 			t.Run(c.name+"/"+how, func(t *testing.T) {
 				t.Parallel()
-				r, err := NewReader(t.Context(), bytes.NewReader(c.in), WithWorkers(2))
+				r, err := NewReader(t.Context(), bytes.NewReader(c.in), withWorkers(2))
 				if err != nil {
 					t.Fatal(err)
 				}

@@ -58,7 +58,7 @@ func both(t *testing.T, in []byte, workers int, plain io.Reader, stricter bool) 
 	t.Helper()
 	const most = 4 << 20
 	want, plainErr := io.ReadAll(io.LimitReader(plain, most))
-	r, err := NewReader(t.Context(), bytes.NewReader(in), WithWorkers(workers))
+	r, err := NewReader(t.Context(), bytes.NewReader(in), withWorkers(workers))
 	if err != nil {
 		if !errors.Is(err, ErrCorrupt) || plainErr == nil && !stricter {
 			t.Fatalf("NewReader: %v; the library: %v", err, plainErr)

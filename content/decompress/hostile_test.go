@@ -35,7 +35,7 @@ func TestDecodesNoFurtherThanAsked(t *testing.T) {
 				most = 4 << 20 // it reads ahead: two chunks of 512 KiB for each worker
 			}
 			src := &counting{r: bytes.NewReader(bytes.Repeat(in, 200))}
-			r, err := NewReader(t.Context(), src, WithWorkers(2))
+			r, err := NewReader(t.Context(), src, withWorkers(2))
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -129,7 +129,7 @@ func consume(t *testing.T, in []byte, b *Budget, workers int) (total, peak int64
 			t.Errorf("%d bytes are held after Close", n)
 		}
 	}()
-	r, err := NewReader(t.Context(), bytes.NewReader(in), WithBudget(b), WithWorkers(workers))
+	r, err := NewReader(t.Context(), bytes.NewReader(in), WithBudget(b), withWorkers(workers))
 	if err != nil {
 		return 0, 0, err
 	}

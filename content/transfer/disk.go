@@ -212,12 +212,6 @@ func (f *folder) unrecord(gone []bool) (err error) {
 	return old.Close()
 }
 
-// write stores bytes of the data.
-func (f *folder) write(p []byte, off int64) error {
-	_, err := f.data.WriteAt(p, off)
-	return err
-}
-
 // record notes that the first n bytes of the block that holds last are there.
 func (f *folder) record(block uint32, length int64, crc uint32) error {
 	return f.state.append(kindBlock, record{block: block, length: uint32(length), crc: crc})

@@ -352,7 +352,7 @@ func unexpected(err error) error {
 // one is.
 func (j *job) landed(h *host, s *span, p []byte) error {
 	f := j.folder
-	if err := f.write(p, s.off); err != nil {
+	if _, err := f.data.WriteAt(p, s.off); err != nil {
 		return &localError{err}
 	}
 	off, end, crc := s.off, s.off+int64(len(p)), s.crc

@@ -92,10 +92,3 @@ func WithWorkers(n int) Option { return func(c *config) { c.workers = n } }
 func WithMemory(grow func(bytes int64) bool, shrink func(bytes int64)) Option {
 	return func(c *config) { c.grow, c.shrink = grow, shrink }
 }
-
-// withSizes makes chunks and slabs small, for tests.
-func withSizes(chunk, slab, slabs int) Option {
-	return func(c *config) {
-		c.first, c.chunk, c.least, c.slab, c.slabs = chunk, chunk, chunk, slab, slabs
-	}
-}

@@ -11,6 +11,13 @@ import (
 	"go.uber.org/goleak"
 )
 
+// withSizes makes chunks and slabs small.
+func withSizes(chunk, slab, slabs int) Option {
+	return func(c *config) {
+		c.first, c.chunk, c.least, c.slab, c.slabs = chunk, chunk, chunk, slab, slabs
+	}
+}
+
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 
 // smallSlab is about the smallest slab that works.
