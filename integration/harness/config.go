@@ -19,7 +19,10 @@ temp = '{{.Dir}}/tmp'
   'io.containerd.grpc.v1.cri', 'io.containerd.cri.v1.images', 'io.containerd.cri.v1.runtime',
   'io.containerd.podsandbox.controller.v1.podsandbox', 'io.containerd.sandbox.controller.v1.shim',
 {{- end}}
-  'io.containerd.nri.v1.nri', 'io.containerd.image-verifier.v1.bindir', 'io.containerd.monitor.task.v1.cgroups',
+  'io.containerd.nri.v1.nri', 'io.containerd.monitor.task.v1.cgroups',
+{{- if ne .Line "2.2"}}
+  'io.containerd.image-verifier.v1.bindir', {{/* 2.2 does not do without */}}
+{{- end}}
   'io.containerd.tracing.processor.v1.otlp', 'io.containerd.internal.v1.tracing',
   'io.containerd.snapshotter.v1.blockfile', 'io.containerd.snapshotter.v1.btrfs', 'io.containerd.snapshotter.v1.devmapper',
   'io.containerd.snapshotter.v1.zfs',
@@ -31,12 +34,21 @@ temp = '{{.Dir}}/tmp'
 [debug]
 level = 'debug'
 
-[plugins.'io.containerd.server.v1.grpc']
+{{/* before 2.3 the servers are no plugins */ -}}
+{{if eq .Line "2.2"}}[grpc]
+address = '{{.Dir}}/c.sock'
+
+[ttrpc]
+address = '{{.Dir}}/c.ttrpc'
+
+[plugins.'io.containerd.image-verifier.v1.bindir']
+bin_dir = '{{.Dir}}/verifiers'
+{{else}}[plugins.'io.containerd.server.v1.grpc']
 address = '{{.Dir}}/c.sock'
 
 [plugins.'io.containerd.server.v1.ttrpc']
 address = '{{.Dir}}/c.ttrpc'
-
+{{end}}
 [plugins.'io.containerd.internal.v1.opt']
 path = '{{.Dir}}/opt'
 
@@ -46,6 +58,24 @@ socket_dir = '{{.Dir}}/s'
 [plugins.'io.containerd.gc.v1.scheduler']
 schedule_delay = '{{.GCDelay}}'
 startup_delay = '10ms'
+{{if .CRI}}
+[plugins.'io.containerd.cri.v1.images'.registry]
+config_path = '{{.Dir}}/certs.d'
+
+[plugins.'io.containerd.cri.v1.runtime']
+restrict_oom_score_adj = true
+disable_apparmor = true
+netns_mounts_under_state_dir = true
+
+[plugins.'io.containerd.cri.v1.runtime'.cni]
+conf_dir = '{{.Dir}}/cni'
+
+[plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes.runc]
+runtime_type = 'io.containerd.runc.v2'
+
+[plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes.runc.options]
+Root = '{{.Dir}}/runc'
+{{end}}
 {{.Extra}}`))
 
 // gantrydConfig is the same for gantryd, with the keys of gantry's own plugin/config.
@@ -65,8 +95,8 @@ credentials = '{{.Dir}}/docker.json'
 {{.Extra}}`))
 
 type containerdValues struct {
-	Dir, DropIn, GCDelay, Extra string
-	CRI, Erofs                  bool
+	Dir, DropIn, GCDelay, Line, Extra string
+	CRI, Erofs                        bool
 }
 
 type gantrydValues struct{ Dir, ContainerdKeys, Extra string }

@@ -27,6 +27,7 @@ const (
 type Options struct {
 	Snapshotter     string // Gantry (default), Overlayfs or Erofs
 	CRI             bool   // with containerd's CRI plugin
+	Line            string // of containerd: "2.2" or "2.3" for the newest of an older one
 	ContainerdExtra string // TOML after containerd's configuration
 	ContainerdKeys  string // TOML inside gantryd's table [containerd]
 	GantryExtra     string // TOML after gantryd's configuration
@@ -88,7 +89,7 @@ func (n *Node) start(ctx context.Context) error {
 	}
 	config, err := render(containerdConfig, containerdValues{
 		Dir: n.Dir, DropIn: n.dropIn(), GCDelay: n.options.GCDelay.String(), CRI: n.options.CRI,
-		Erofs: n.Snapshotter == Erofs, Extra: n.options.ContainerdExtra,
+		Line: n.options.Line, Erofs: n.Snapshotter == Erofs, Extra: n.options.ContainerdExtra,
 	})
 	if err != nil {
 		return err
@@ -165,12 +166,16 @@ func (n *Node) StartGantryd(ctx context.Context) error {
 
 // StartContainerd starts containerd, for the first time or again after it was stopped.
 func (n *Node) StartContainerd(ctx context.Context) error {
-	program, err := Program("containerd")
+	program, err := n.peer("containerd")
+	if err != nil {
+		return err
+	}
+	runc, err := Program("runc")
 	if err != nil {
 		return err
 	}
 	// containerd looks for the shim, and the shim for runc, in PATH.
-	env := slices.Concat(n.options.Env, []string{"PATH=" + filepath.Dir(program) + ":" + os.Getenv("PATH")})
+	env := slices.Concat(n.options.Env, []string{"PATH=" + filepath.Dir(program) + ":" + filepath.Dir(runc) + ":" + os.Getenv("PATH")})
 	n.containerd, err = start(ctx, n.path("logs"), "containerd", env, program, "--config", n.path("containerd.toml"))
 	if err != nil {
 		return err
@@ -187,6 +192,14 @@ func (n *Node) StartContainerd(ctx context.Context) error {
 		}
 		return nil
 	})
+}
+
+// peer returns the path of a program of the node's line of containerd.
+func (n *Node) peer(name string) (string, error) {
+	if n.options.Line != "" {
+		name = filepath.Join("v"+n.options.Line, name)
+	}
+	return Program(name)
 }
 
 // Gantryd returns the running gantryd, nil on an Overlayfs node.
@@ -235,7 +248,7 @@ func (n *Node) Ctr(ctx context.Context, namespace string, args ...string) (strin
 
 // CtrCommand prepares a call of ctr that the caller runs.
 func (n *Node) CtrCommand(ctx context.Context, namespace string, args ...string) (*exec.Cmd, error) {
-	program, err := Program("ctr")
+	program, err := n.peer("ctr")
 	if err != nil {
 		return nil, err
 	}

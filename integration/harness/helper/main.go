@@ -4,10 +4,13 @@
 //	helper cat FILE...     print files
 //	helper sum DIR         print one SHA-256 over all names and contents
 //	helper write FILE TEXT write a file
+//	helper fill FILE BYTES write a file of so many random bytes
+//	helper rm FILE         remove a file
 //	helper sleep SECONDS   wait
 package main
 
 import (
+	"crypto/rand"
 	"crypto/sha256"
 	"errors"
 	"fmt"
@@ -28,7 +31,7 @@ func main() {
 
 func run(args []string) error {
 	if len(args) < 2 {
-		return errors.New("usage: helper cat|sum|write|sleep and its arguments")
+		return errors.New("usage: helper cat|sum|write|fill|rm|sleep and its arguments")
 	}
 	switch args[0] {
 	case "cat":
@@ -37,6 +40,10 @@ func run(args []string) error {
 		return sum(args[1])
 	case "write":
 		return os.WriteFile(args[1], []byte(args[2]), 0o644)
+	case "fill":
+		return fill(args[1], args[2])
+	case "rm":
+		return os.Remove(args[1])
 	case "sleep":
 		seconds, err := strconv.Atoi(args[1])
 		time.Sleep(time.Duration(seconds) * time.Second)
@@ -56,6 +63,19 @@ func cat(files []string) error {
 		}
 	}
 	return nil
+}
+
+func fill(name, size string) error {
+	n, err := strconv.ParseInt(size, 10, 64)
+	if err != nil {
+		return err
+	}
+	f, err := os.Create(name)
+	if err != nil {
+		return err
+	}
+	_, err = io.CopyN(f, rand.Reader, n)
+	return errors.Join(err, f.Sync(), f.Close())
 }
 
 func sum(dir string) error {
