@@ -17,6 +17,9 @@ export GANTRY_CACHE := $(CACHE)
 PEER_NAMES := containerd ctr containerd-shim-runc-v2 runc registry
 PEER_BINS := $(addprefix $(PEERS)/,$(PEER_NAMES))
 EROFS_BINS := $(addprefix $(PEERS)/,mkfs.erofs fsck.erofs dump.erofs)
+OLDER := v2.2 v2.3
+OLDER_BINS := $(foreach line,$(OLDER),$(addprefix $(PEERS)/$(line)/,containerd ctr containerd-shim-runc-v2))
+BUILDKIT_BINS := $(addprefix $(PEERS)/,buildkitd buildctl)
 LINTER := $(PEERS)/golangci-lint
 
 .PHONY: help
@@ -67,7 +70,7 @@ clean: ## remove what was built, peers and cached test images too
 	rm -rf bin .cache
 
 .PHONY: peers
-peers: $(PEER_BINS) ## build containerd, ctr, the shim, runc and the registry for tests
+peers: $(PEER_BINS) $(OLDER_BINS) $(BUILDKIT_BINS) ## build containerd, ctr, the shim (and two older lines of them), runc, buildkit and the registry for tests
 
 # One recipe a program, made again only when its module file changes.
 $(PEERS)/%: CGO_ENABLED := 0
@@ -78,6 +81,24 @@ $(PEER_BINS): integration/peers/go.mod
 	@echo "build $(@F)"
 	@cd integration/peers && CGO_ENABLED=$(CGO_ENABLED) go build -trimpath -ldflags '-s -w $(PEER_LDFLAGS)' -o $@ "$$(go list -f '{{.ImportPath}}' tool | grep -E '/$(@F)$$')"
 	@touch $@
+
+# Programs that share most of their packages, built together, from a module whose versions are theirs alone.
+CONTAINERD := github.com/containerd/containerd/v2
+define build-together
+	@mkdir -p $(@D)
+	@echo "build $(notdir $(@D))/$(@F) and what goes with it"
+	@cd $(<D) && CGO_ENABLED=0 go build -trimpath -ldflags "-s -w -X $(CONTAINERD)/version.Version=$$(go list -m -f '{{.Version}}' $(CONTAINERD))" -o $(@D)/ tool
+	@touch $(1)
+endef
+
+define older-line
+$(addprefix $(PEERS)/$(1)/,containerd ctr containerd-shim-runc-v2) &: integration/peers/$(1)/go.mod
+	$$(call build-together,$(PEERS)/$(1)/*)
+endef
+$(foreach line,$(OLDER),$(eval $(call older-line,$(line))))
+
+$(BUILDKIT_BINS) &: integration/peers/buildkit/go.mod
+	$(call build-together,$(BUILDKIT_BINS))
 
 $(LINTER): integration/lint/go.mod
 	@mkdir -p $(PEERS)
