@@ -194,6 +194,7 @@ func (p *Puller) follow(ctx context.Context, img *image, m *manifest, d digest.D
 		return
 	}
 	if id, err := p.layers.Lookup(d); err == nil && id != "" {
+		p.layers.Want(id)
 		p.needless(ctx, img, transfer.Blob{Digest: d, Size: size})
 		return
 	}

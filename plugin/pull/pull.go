@@ -149,8 +149,8 @@ func (p *Puller) Committed(namespace string, d digest.Digest, size int64) {
 	p.background(func(ctx context.Context) error { return p.served(ctx, namespace, d, size) }, d)
 }
 
-// served tells the transfers of each image that is complete with the blob d that
-// they need not be kept for a retry.
+// served tells the transfers and layers of each image that is complete with the
+// blob d that they need not be kept for a retry.
 func (p *Puller) served(ctx context.Context, namespace string, d digest.Digest, size int64) error {
 	if err := p.catalog.settle(ctx); err != nil {
 		return nil //nolint:nilerr // gantryd stops, and they are kept
@@ -166,6 +166,9 @@ func (p *Puller) served(ctx context.Context, namespace string, d digest.Digest, 
 		}
 		for _, l := range m.layers {
 			errs = append(errs, transfers.Served(l.Digest))
+			if id, err := p.layers.Lookup(l.Digest); err == nil {
+				p.layers.Satisfied(id)
+			}
 		}
 	}
 	return errors.Join(errs...)
@@ -345,6 +348,9 @@ func (p *Puller) checked(ctx context.Context, namespace string, desc ocispec.Des
 		switch id := p.catalog.diffID(m, desc.Digest); id {
 		case "":
 		case l.DiffID:
+			if p.complete(ctx, m) { // served may have looked before the layer was there
+				p.layers.Satisfied(l.DiffID)
+			}
 			return l.DiffID, l.Size, nil
 		default:
 			claimed = id

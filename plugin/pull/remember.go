@@ -73,9 +73,11 @@ func (p *Puller) again(req content.FetchRequest) (content.Transfer, bool) {
 	if record == nil {
 		return nil, false
 	}
-	if _, err := p.layers.Lookup(req.Digest); err != nil {
+	id, err := p.layers.Lookup(req.Digest)
+	if err != nil {
 		return nil, false
 	}
+	p.layers.Want(id)
 	return recordOnly{record}, true
 }
 

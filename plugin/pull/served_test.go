@@ -2,10 +2,16 @@ package pull
 
 import (
 	"context"
+	"errors"
 	"maps"
+	"os"
+	"path/filepath"
 	"slices"
 	"testing"
+	"time"
 
+	"github.com/containerd/containerd/v2/pkg/namespaces"
+	"github.com/containerd/errdefs"
 	digest "github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
@@ -65,6 +71,54 @@ func TestFailedPullKeepsTransfers(t *testing.T) {
 	deleted(first)
 
 	eventually(t, "the transfer of a deleted layer of a complete image to be removed", func() bool { return kept() == 0 })
+}
+
+// TestCompletePullFreesLayers sweeps after a snapshot had the layer and was removed: the layer stays for the retry of a
+// pull that is not complete, and goes at once when it is.
+func TestCompletePullFreesLayers(t *testing.T) {
+	t.Parallel()
+	f := newFixture(t, false)
+	first, firstID := f.addLayer(t, 1, 1<<16)
+	second, secondID := f.addLayer(t, 2, 1<<16)
+	f.addImage(t, "default", []ocispec.Descriptor{first, second}, []digest.Digest{firstID, secondID})
+	f.Start(t.Context(), f.images)
+	ctx := namespaces.WithNamespace(t.Context(), "default")
+	unpack := func(l ocispec.Descriptor, id digest.Digest) {
+		t.Helper()
+		if err := f.take(t, "default", l); err != nil {
+			t.Fatal(err)
+		}
+		f.commit(l.Digest)
+		if _, _, err := f.Layer(ctx, l); err != nil {
+			t.Fatal(err)
+		}
+		dst := filepath.Join(t.TempDir(), "layer")
+		if err := errors.Join(f.Puller.layers.Link(id, dst), os.Remove(dst)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	swept := func(l ocispec.Descriptor) bool {
+		t.Helper()
+		if err := f.Puller.layers.Sweep(ctx, time.Hour); err != nil {
+			t.Fatal(err)
+		}
+		_, err := f.Puller.layers.Lookup(l.Digest)
+		return errdefs.IsNotFound(err)
+	}
+	unpack(first, firstID)
+	if swept(first) {
+		t.Error("a layer was swept although its image is not complete")
+	}
+	unpack(second, secondID)
+	if !swept(second) {
+		t.Error("the last layer of a complete image was not swept")
+	}
+	if err := f.served(ctx, "default", second.Digest, second.Size); err != nil { // as Committed does
+		t.Fatal(err)
+	}
+	if !swept(first) {
+		t.Error("the first layer of a complete image was not swept")
+	}
 }
 
 // endImages ends all images, as after the grace period.

@@ -36,8 +36,9 @@ type Layers interface {
 
 // Adopter makes a layer file the content of an active snapshot.
 type Adopter interface {
-	// Adopt returns ErrNotFound for mounts that are not its own, and
-	// ErrFailedPrecondition for a snapshot that has content already.
+	// Adopt returns ErrNotFound for mounts that are not its own,
+	// ErrFailedPrecondition for a snapshot that has content already, and
+	// ErrUnavailable if the layer file is gone.
 	Adopt(ctx context.Context, mounts []mount.Mount, diffID digest.Digest) error
 }
 
@@ -58,6 +59,10 @@ func New(layers Layers, a Adopter, blobs ccontent.Provider) *Differ {
 	return &Differ{layers: layers, adopter: a, fallback: apply.NewFileSystemApplier(blobs)}
 }
 
+// adoptTries bounds how often the layer file may be swept before it is linked:
+// the last image that had it is removed while this one is pulled.
+const adoptTries = 3
+
 // Apply makes the layer desc the content of the snapshot behind mounts, and
 // returns the uncompressed layer: its DiffID and size. Where the mounts cannot
 // adopt, the blob is unpacked onto them as containerd does it. A media type that
@@ -73,11 +78,17 @@ func (d *Differ) Apply(ctx context.Context, desc ocispec.Descriptor, mounts []mo
 	if !isTar(ctx, desc.MediaType) {
 		return ocispec.Descriptor{}, fmt.Errorf("layer %s: media type %q %w", desc.Digest, desc.MediaType, ErrStreamProcessor)
 	}
-	diffID, size, err := d.layers.Layer(ctx, desc)
-	if err != nil {
-		return ocispec.Descriptor{}, fmt.Errorf("layer %s: unpack: %w", desc.Digest, err)
+	var diffID digest.Digest
+	var size int64
+	var err error
+	for range adoptTries {
+		if diffID, size, err = d.layers.Layer(ctx, desc); err != nil {
+			return ocispec.Descriptor{}, fmt.Errorf("layer %s: unpack: %w", desc.Digest, err)
+		}
+		if err = d.adopter.Adopt(ctx, mounts, diffID); !errdefs.IsUnavailable(err) {
+			break
+		}
 	}
-	err = d.adopter.Adopt(ctx, mounts, diffID)
 	if errdefs.IsNotFound(err) || errdefs.IsFailedPrecondition(err) {
 		log.G(ctx).WithField("digest", desc.Digest).WithError(err).Debug("differ: unpacking onto the mounts")
 		return d.unpack(ctx, desc, mounts, diffID, opts)

@@ -263,4 +263,31 @@ func TestApplyErrorsNameTheLayer(t *testing.T) {
 
 type failing struct{ err error }
 
+// sweptOnce is an adopter whose layer file is gone at the first try.
+type sweptOnce struct {
+	Adopter
+	tries int
+}
+
+func (s *sweptOnce) Adopt(ctx context.Context, mounts []mount.Mount, diffID digest.Digest) error {
+	if s.tries++; s.tries == 1 {
+		return fmt.Errorf("layer %s: %w", diffID, errdefs.ErrUnavailable)
+	}
+	return s.Adopter.Adopt(ctx, mounts, diffID)
+}
+
+// The last image that had the layer is removed between the unpack and its adoption.
+func TestApplyOfASweptLayer(t *testing.T) {
+	r := newRig(t)
+	mounts, err := r.snapshots.Prepare(t.Context(), "a", "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	desc := r.add(t, "layer")
+	s := &sweptOnce{Adopter: r.snapshots}
+	if _, err := New(r.layers, s, r.blobs).Apply(t.Context(), desc, mounts); err != nil || s.tries != 2 {
+		t.Errorf("after %d tries: %v", s.tries, err)
+	}
+}
+
 func (f failing) Adopt(context.Context, []mount.Mount, digest.Digest) error { return f.err }

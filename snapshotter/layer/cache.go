@@ -70,8 +70,9 @@ type Cache struct {
 	onSync func(path string) // tests see here what is made durable, and when
 	flush  flushFunc         // sync_file_range, but in tests
 
-	mu   sync.Mutex // held while a layer file gets its name or loses it
-	pins map[digest.Digest]int
+	mu     sync.Mutex // held while a layer file gets its name or loses it
+	pins   map[digest.Digest]int
+	wanted map[digest.Digest]time.Time // since when; see Want
 }
 
 // Open opens the cache in root, creating it if needed, and removes what an
@@ -89,6 +90,7 @@ func Open(root string, o Options) (*Cache, error) {
 		tables: newTableCache(o.TableBytes),
 		prefix: len(defaultPrefix),
 		pins:   make(map[digest.Digest]int),
+		wanted: make(map[digest.Digest]time.Time),
 		flush:  unix.SyncFileRange,
 	}
 	if err := os.RemoveAll(c.tmpDir()); err != nil {
@@ -179,6 +181,7 @@ func (c *Cache) syncing(path string) {
 func (c *Cache) rename(tmp string, l *Layer) error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
+	c.wanted[l.DiffID] = time.Now()
 	if l.Existed = c.adoptLocked(l); l.Existed {
 		return nil
 	}
@@ -271,6 +274,10 @@ func (r ctxReader) Read(p []byte) (int, error) {
 	return r.r.Read(p)
 }
 
+// usedMode is the mode of a layer file that was linked once: it has served, and
+// need not wait for its first snapshot when its last one is gone.
+const usedMode = 0o400
+
 // Link makes dst a hard link of the layer file. The folder of dst is the
 // caller's to sync. errdefs.ErrNotFound: no such layer; errdefs.ErrAlreadyExists:
 // dst exists.
@@ -291,7 +298,27 @@ func (c *Cache) Link(diffID digest.Digest, dst string) error {
 	if err != nil {
 		return notFound(diffID, err)
 	}
+	if err := os.Chmod(dst, usedMode); err != nil {
+		return errors.Join(fmt.Errorf("layer %s: %w", diffID, err), os.Remove(dst))
+	}
 	return nil
+}
+
+// Want says that a pull under way counts on the layer, or may be tried again:
+// Sweep treats it like one that is new, as it does what Write has made, until
+// Satisfied, or until it is old. It is not remembered across a restart, after
+// which the layer is made again if need be.
+func (c *Cache) Want(diffID digest.Digest) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.wanted[diffID] = time.Now()
+}
+
+// Satisfied ends Want: the pull is complete.
+func (c *Cache) Satisfied(diffID digest.Digest) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	delete(c.wanted, diffID)
 }
 
 // Pin keeps Sweep from the layer until unpin, which may be called more than

@@ -472,8 +472,52 @@ func TestLinkAndSweep(t *testing.T) {
 	if err := os.Remove(dst); err != nil {
 		t.Fatal(err)
 	}
-	sweep(time.Hour, linked, pinned) // the removed link makes it young
+	sweep(time.Hour, linked, pinned) // its pull may be tried again
+	c.Satisfied(linked.DiffID)
+	c.Satisfied(pinned.DiffID)
+	sweep(time.Hour, pinned) // which waits for its first snapshot
 	sweep(0)
+}
+
+// A layer that served is kept for a pull that counts on it, and only for as long as that may take.
+func TestWantedLayerIsKept(t *testing.T) {
+	t.Parallel()
+	c := newCache(t, Options{})
+	tar := makeTar(file("a", ""))
+	l := write(t, c, tar)
+	served := func() {
+		t.Helper()
+		dst := filepath.Join(t.TempDir(), "layer")
+		if err := errors.Join(c.Link(l.DiffID, dst), os.Remove(dst)); err != nil {
+			t.Fatal(err)
+		}
+		c.Satisfied(l.DiffID)
+	}
+	swept := func(age time.Duration) bool {
+		t.Helper()
+		if err := c.Sweep(t.Context(), age); err != nil {
+			t.Fatal(err)
+		}
+		_, err := c.Get(t.Context(), l.DiffID)
+		return errdefs.IsNotFound(err)
+	}
+	served()
+	c.Want(l.DiffID)
+	if swept(time.Hour) {
+		t.Error("a wanted layer was swept")
+	}
+	if !swept(0) {
+		t.Error("a layer that was wanted long ago is kept")
+	}
+	l = write(t, c, tar)
+	served()
+	if l = write(t, c, tar); !l.Existed || swept(time.Hour) {
+		t.Error("a layer that was written again was swept")
+	}
+	c.Satisfied(l.DiffID)
+	if !swept(time.Hour) {
+		t.Error("a layer that served is kept")
+	}
 }
 
 // Data, then name, then folder; the record of a blob after its layer.

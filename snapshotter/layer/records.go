@@ -91,9 +91,9 @@ func (c *Cache) Lookup(blob digest.Digest) (digest.Digest, error) {
 	return diffID, nil
 }
 
-// Sweep removes layer files that nothing links or pins and whose last link is
-// gone (or that were last written) longer than olderThan ago, and the records
-// of blobs whose layer is gone.
+// Sweep removes layer files that nothing links or pins, and the records of blobs
+// whose layer is gone. A layer that a snapshot has had and that no pull wants goes
+// at once; another one once it was neither linked, unlinked nor written for olderThan.
 func (c *Cache) Sweep(ctx context.Context, olderThan time.Duration) error {
 	names, err := readNames(c.layerDir())
 	if err != nil {
@@ -127,10 +127,13 @@ func (c *Cache) sweepOne(diffID digest.Digest, olderThan time.Duration) error {
 	}
 	// The inode changes with each link made or removed: ctime is the last use.
 	idle := time.Since(time.Unix(st.Ctim.Unix()))
-	if st.Nlink > 1 || idle < olderThan || c.pins[diffID] > 0 {
+	wanted, ok := c.wanted[diffID]
+	used := st.Mode&0o777 == usedMode && (!ok || time.Since(wanted) >= olderThan)
+	if st.Nlink > 1 || c.pins[diffID] > 0 || (!used && idle < olderThan) {
 		return nil
 	}
 	c.tables.drop(diffID)
+	delete(c.wanted, diffID)
 	return os.Remove(path)
 }
 
