@@ -69,7 +69,7 @@ func (d *Daemon) start(ctx context.Context) error {
 			plugins.PropertyStateDir:    d.config.State,
 			plugins.PropertyGRPCAddress: d.config.Address,
 		})
-		ic.Config = d.config
+		ic.Config = &settings{d.config, d.edge.calls}
 		p := r.Init(ic)
 		instance, err := p.Instance()
 		if err != nil {

@@ -24,7 +24,7 @@ const maxMessage = 16 << 20
 // in a call. It sets no limit of concurrent streams: a waiting Write stream must
 // not hold up others.
 func newServer(logger *log.Entry) (*grpc.Server, *edge) {
-	e := &edge{logger: logger}
+	e := &edge{logger: logger, calls: &calls{}}
 	return grpc.NewServer(
 		grpc.UnaryInterceptor(e.unary),
 		grpc.StreamInterceptor(e.stream),
@@ -36,7 +36,8 @@ func newServer(logger *log.Entry) (*grpc.Server, *edge) {
 // edge is where gRPC ends and gantry begins.
 type edge struct {
 	logger *log.Entry
-	calls  atomic.Int64 // under way
+	busy   atomic.Int64 // calls under way
+	calls  *calls
 }
 
 // idle waits until no call is under way, and reports whether that came in time.
@@ -45,7 +46,7 @@ func (e *edge) idle(limit time.Duration) bool {
 	end := time.After(limit)
 	ticker := time.NewTicker(10 * time.Millisecond)
 	defer ticker.Stop()
-	for e.calls.Load() != 0 {
+	for e.busy.Load() != 0 {
 		select {
 		case <-end:
 			return false
@@ -56,16 +57,17 @@ func (e *edge) idle(limit time.Duration) bool {
 }
 
 func (e *edge) unary(ctx context.Context, req any, info *grpc.UnaryServerInfo, handler grpc.UnaryHandler) (_ any, err error) {
-	e.calls.Add(1)
-	defer e.calls.Add(-1)
-	ctx = e.enter(ctx, info.FullMethod)
+	e.busy.Add(1)
+	defer e.busy.Add(-1)
+	ctx, m := withMeter(e.enter(ctx, info.FullMethod))
+	defer func(began time.Time) { e.calls.note(shortMethod(info.FullMethod), time.Since(began), m) }(time.Now())
 	defer func() { err = leave(ctx, recover(), err) }()
 	return handler(ctx, req)
 }
 
 func (e *edge) stream(srv any, ss grpc.ServerStream, info *grpc.StreamServerInfo, handler grpc.StreamHandler) (err error) {
-	e.calls.Add(1)
-	defer e.calls.Add(-1)
+	e.busy.Add(1)
+	defer e.busy.Add(-1)
 	ctx := e.enter(ss.Context(), info.FullMethod)
 	defer func() { err = leave(ctx, recover(), err) }()
 	return handler(srv, &streamWithContext{ServerStream: ss, context: func() context.Context { return ctx }})

@@ -26,12 +26,13 @@ type reporter struct {
 	puller    *pull.Puller
 	snapshots *snapshotter.Snapshotter
 	store     discarded
+	calls     *calls
 }
 
 var _ status.Server = (*reporter)(nil)
 
 func newReporter(ic *cplugin.InitContext) (*reporter, error) {
-	r := &reporter{config: configOf(ic), started: time.Now()}
+	r := &reporter{config: configOf(ic), started: time.Now(), calls: callsOf(ic)}
 	var err error
 	if r.transfers, err = part[*transfers](ic, TransferPlugin); err != nil {
 		return nil, err
@@ -54,6 +55,8 @@ func (r *reporter) Get(context.Context) (*status.Report, error) {
 	report := &status.Report{
 		Version: config.Version, PID: os.Getpid(), Started: r.started, Root: r.config.Root,
 		Mount:     status.Mount{Mode: string(mount.Mode), Reason: mount.Reason},
+		Process:   processReport(),
+		Calls:     r.calls.report(),
 		Transfers: []status.Transfer{}, Unpacks: r.puller.Unpacks(), Recent: r.puller.Recent(),
 	}
 	for _, t := range r.transfers.list() {

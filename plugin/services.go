@@ -47,7 +47,7 @@ const id = "gantry"
 // service is an instance of a GRPCPlugin: it adds itself to the server.
 type service func(*grpc.Server)
 
-// registrations returns all parts. Each InitFn finds the configuration in
+// registrations returns all parts. Each InitFn finds its settings in
 // ic.Config and an instance that implements io.Closer is closed with the daemon.
 func registrations() cplugin.Registry {
 	var all cplugin.Registry
@@ -88,7 +88,15 @@ func part[T any](ic *cplugin.InitContext, t cplugin.Type) (T, error) {
 	return instance, nil
 }
 
-func configOf(ic *cplugin.InitContext) *config.Config { return ic.Config.(*config.Config) }
+// settings is what each part finds in ic.Config.
+type settings struct {
+	*config.Config
+	calls *calls // of the server
+}
+
+func configOf(ic *cplugin.InitContext) *config.Config { return ic.Config.(*settings).Config }
+
+func callsOf(ic *cplugin.InitContext) *calls { return ic.Config.(*settings).calls }
 
 func initContainerd(ic *cplugin.InitContext) (any, error) {
 	return dialContainerd(configOf(ic).Containerd.Address)
@@ -166,7 +174,7 @@ func initSnapshotter(ic *cplugin.InitContext) (any, error) {
 		return nil, err
 	}
 	c := configOf(ic)
-	return snapshotter.New(ic.Context, c.Root, layers, snapshotter.Options{Mount: snapshotter.Mode(c.Snapshotter.Mount), Observer: puller})
+	return snapshotter.New(ic.Context, c.Root, layers, snapshotter.Options{Mount: snapshotter.Mode(c.Snapshotter.Mount), Observer: puller, Spent: spent})
 }
 
 func initDiffer(ic *cplugin.InitContext) (any, error) {
@@ -190,7 +198,9 @@ func serveContent(ic *cplugin.InitContext) (any, error) {
 	if err != nil {
 		return nil, err
 	}
-	return service(func(s *grpc.Server) { contentapi.RegisterContentServer(s, contentservice.New(store)) }), nil
+	return service(func(s *grpc.Server) {
+		contentapi.RegisterContentServer(s, contentservice.New(store, callsOf(ic).committed))
+	}), nil
 }
 
 func serveSnapshots(ic *cplugin.InitContext) (any, error) {

@@ -50,7 +50,7 @@ func (s *Snapshotter) create(ctx context.Context, kind snapshots.Kind, key, pare
 		return nil, nil, fmt.Errorf("snapshot %s: %w", key, ErrIDMapped)
 	}
 	var snap storage.Snapshot
-	err := s.ms.WithTransaction(ctx, true, func(ctx context.Context) (err error) {
+	err := s.update(ctx, func(ctx context.Context) (err error) {
 		snap, err = storage.CreateSnapshot(ctx, kind, key, parent, opts...)
 		if err != nil {
 			return fmt.Errorf("create snapshot %s: %w", key, err)
@@ -159,7 +159,10 @@ func (s *Snapshotter) Mounts(ctx context.Context, key string) ([]mount.Mount, er
 
 // present makes sure that all lowers are visible and returns the mounts.
 func (s *Snapshotter) present(ctx context.Context, snap storage.Snapshot) ([]mount.Mount, error) {
-	if err := s.ready(ctx, snap.ParentIDs); err != nil {
+	began := time.Now()
+	err := s.ready(ctx, snap.ParentIDs)
+	s.spent(ctx, Mounting, time.Since(began))
+	if err != nil {
 		return nil, err
 	}
 	return view{
@@ -184,7 +187,7 @@ func (l layout) lowers(ids []string) []string {
 func (s *Snapshotter) Commit(ctx context.Context, name, key string, opts ...snapshots.Opt) error {
 	var id string
 	var parents []string
-	err := s.ms.WithTransaction(ctx, true, func(ctx context.Context) (err error) {
+	err := s.update(ctx, func(ctx context.Context) (err error) {
 		if id, _, _, err = storage.GetInfo(ctx, key); err != nil {
 			return err
 		}

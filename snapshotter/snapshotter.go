@@ -76,6 +76,17 @@ type Observer interface {
 	Adopted(id string, diffID digest.Digest, took time.Duration)
 }
 
+// Expense is what a call spends time on that it only waits for.
+type Expense int
+
+const (
+	// Syncing is the commit of a transaction, which syncs the database, and the
+	// part of the wait for the transaction's turn that others' commits took.
+	Syncing Expense = iota
+	// Mounting is the wait for layers of the chain that are not mounted yet.
+	Mounting
+)
+
 // Options of a Snapshotter. The zero value is ready to use.
 type Options struct {
 	// Mount is how layers become visible; empty means ModeAuto.
@@ -85,6 +96,9 @@ type Options struct {
 	// KeepLayers is how long Cleanup keeps a layer file that no snapshot links;
 	// zero means 10 minutes.
 	KeepLayers time.Duration
+	// Spent, if not nil, is told what a call has waited for, with the call's
+	// context. It must not block.
+	Spent func(ctx context.Context, on Expense, took time.Duration)
 }
 
 // Snapshotter implements containerd's snapshots.Snapshotter and
@@ -94,6 +108,8 @@ type Snapshotter struct {
 	ms       *storage.MetaStore
 	layers   *layer.Cache
 	observer Observer
+	spent    func(context.Context, Expense, time.Duration)
+	syncing  syncClock
 	keep     time.Duration
 	mode     Mode
 	reason   string
@@ -123,7 +139,10 @@ func New(ctx context.Context, root string, layers *layer.Cache, o Options) (_ *S
 	}
 	s := &Snapshotter{
 		layout: layout{root: root}, layers: layers,
-		observer: o.Observer, keep: o.KeepLayers, cleanMu: make(chan struct{}, 1),
+		observer: o.Observer, spent: o.Spent, keep: o.KeepLayers, cleanMu: make(chan struct{}, 1),
+	}
+	if s.spent == nil {
+		s.spent = func(context.Context, Expense, time.Duration) {}
 	}
 	if s.keep == 0 {
 		s.keep = defaultKeepLayers
@@ -208,7 +227,7 @@ func (s *Snapshotter) Stat(ctx context.Context, key string) (info snapshots.Info
 
 // Update changes the labels of a snapshot.
 func (s *Snapshotter) Update(ctx context.Context, info snapshots.Info, fieldpaths ...string) (updated snapshots.Info, err error) {
-	err = s.ms.WithTransaction(ctx, true, func(ctx context.Context) error {
+	err = s.update(ctx, func(ctx context.Context) error {
 		updated, err = storage.UpdateInfo(ctx, info, fieldpaths...)
 		return err
 	})
@@ -239,7 +258,7 @@ func (s *Snapshotter) Walk(ctx context.Context, fn snapshots.WalkFunc, filters .
 // Remove takes the snapshot out of the database. Its folder and mount go with
 // the next Cleanup. A snapshot with children gives ErrFailedPrecondition.
 func (s *Snapshotter) Remove(ctx context.Context, key string) error {
-	return s.ms.WithTransaction(ctx, true, func(ctx context.Context) error {
+	return s.update(ctx, func(ctx context.Context) error {
 		if _, _, err := storage.Remove(ctx, key); err != nil {
 			return fmt.Errorf("remove snapshot %s: %w", key, err)
 		}

@@ -43,6 +43,9 @@ Asks gantryd, at the address in FILE, what it is doing:
   LAYERS     layers that ended last, well or with an error, and the seconds they spent where. The parts overlap.
              TAIL: from the arrival of the last byte until the layer could be mounted.
              A layer that was on disk already is not unpacked again and is missing here.
+  CALLS      what containerd called since gantryd started (of Content/Write only the COMMIT). LONGEST: the longest call, and
+             how much of it was SYNC of gantryd's database, which depends on the disk, or MOUNTS, the wait for layers just
+             pulled. WORK: the most that a call took beside both. containerd's garbage collection waits for these calls.
 
   --json     print the whole report as JSON; sizes are in bytes, rates in bytes a second
 `,
@@ -106,6 +109,7 @@ func printReport(w io.Writer, r *status.Report, now time.Time) error {
 	line := func(cells ...string) { _, _ = fmt.Fprintln(t, strings.Join(cells, "\t")) }
 	line(fmt.Sprintf("gantryd %s, pid %d, up %s, root %s", r.Version, r.PID, now.Sub(r.Started).Round(time.Second), r.Root))
 	line("mount mode " + r.Mount.Mode + reason(r.Mount.Reason))
+	line(fmt.Sprintf("%s of memory in use, %d open files, %d goroutines", amount(r.Process.HeapLive), r.Process.OpenFiles, r.Process.Goroutines))
 	if r.Discarded.Blobs > 0 {
 		line(fmt.Sprintf("%d layers are kept without their compressed bytes, %s; gantry content restore fetches them again", r.Discarded.Blobs, amount(r.Discarded.Size)))
 	}
@@ -128,6 +132,7 @@ func printReport(w io.Writer, r *status.Report, now time.Time) error {
 		}
 	}
 	printLayers(line, r.Recent)
+	printCalls(line, r.Calls)
 	return t.Flush()
 }
 
@@ -158,6 +163,18 @@ func printLayers(line func(...string), layers []status.Layer) {
 		s := x.Seconds
 		row(dash(x.Namespace), dash(x.Image)+suffix(x.Error), short(string(x.Digest)), amount(x.Size), amount(x.Written), seconds(s.Total), seconds(s.Queued),
 			seconds(s.Wait), seconds(s.Download), seconds(s.Decompress), seconds(s.Write), seconds(s.Verify), seconds(s.Commit), seconds(x.TailSeconds))
+	}
+}
+
+func printCalls(line func(...string), calls []status.Call) {
+	if len(calls) == 0 {
+		return
+	}
+	milliseconds := func(s float64) string { return fmt.Sprintf("%.1fms", 1e3*s) }
+	line("")
+	line("CALLS", "COUNT", "LONGEST", "SYNC", "MOUNTS", "WORK")
+	for _, c := range calls {
+		line(c.Method, strconv.FormatInt(c.Count, 10), milliseconds(c.Longest), milliseconds(c.LongestSync), milliseconds(c.LongestMounts), milliseconds(c.Work))
 	}
 }
 

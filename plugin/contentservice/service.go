@@ -6,6 +6,7 @@ import (
 	"context"
 	"errors"
 	"io"
+	"time"
 
 	api "github.com/containerd/containerd/api/services/content/v1"
 	"github.com/containerd/containerd/v2/pkg/protobuf"
@@ -30,13 +31,17 @@ const MaxMessage = 16 << 20
 type Service struct {
 	api.ContentServer // containerd's, for all but Write and Abort
 
-	store *content.Store
+	store     *content.Store
+	committed func(took time.Duration)
 }
 
-// New returns the service of a store. The server needs grpc.WaitForHandlers, so
-// that Stop returns when the last stream has closed its ingest.
-func New(store *content.Store) *Service {
-	return &Service{ContentServer: contentserver.New(store), store: store}
+// New returns the service of a store. committed, if not nil, is told what each COMMIT of a Write stream took. The server
+// needs grpc.WaitForHandlers, so that Stop returns when the last stream has closed its ingest.
+func New(store *content.Store, committed func(took time.Duration)) *Service {
+	if committed == nil {
+		committed = func(time.Duration) {}
+	}
+	return &Service{ContentServer: contentserver.New(store), store: store, committed: committed}
 }
 
 // Register adds the service to a gRPC server.
@@ -71,7 +76,7 @@ func (s *Service) Write(stream api.Content_WriteServer) error {
 			log.G(ctx).WithError(err).Warn("closing an ingest")
 		}
 	}()
-	err = serve(ctx, stream, session, req)
+	err = s.serve(ctx, stream, session, req)
 	if err != nil && !errdefs.IsAlreadyExists(err) {
 		log.G(ctx).WithError(err).Info("a write ended")
 	}
@@ -88,9 +93,13 @@ func toGRPC(err error) error {
 
 // serve answers until COMMIT or until the client is done. req is the message
 // that opened the session.
-func serve(ctx context.Context, stream api.Content_WriteServer, session *content.Session, req *api.WriteContentRequest) error {
+func (s *Service) serve(ctx context.Context, stream api.Content_WriteServer, session *content.Session, req *api.WriteContentRequest) error {
 	for first := true; ; first = false {
+		began := time.Now()
 		reply, err := answer(ctx, session, req, first)
+		if req.Action == api.WriteAction_COMMIT {
+			s.committed(time.Since(began))
+		}
 		if err != nil {
 			return err
 		}

@@ -120,7 +120,7 @@ func newNode(t *testing.T, data []byte, have int64, opts ...metadata.DBOpt) *nod
 	if err != nil {
 		t.Fatal(err)
 	}
-	conn := listen(t, New(n.store))
+	conn := listen(t, New(n.store, nil))
 	n.direct = api.NewContentClient(conn)
 	db, err := bolt.Open(filepath.Join(dir, "metadata.db"), 0o600, nil)
 	if err != nil {

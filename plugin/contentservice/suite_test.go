@@ -34,7 +34,7 @@ func serveStore(ctx context.Context, dir string, store *content.Store) (ccontent
 		return nil, nil, err
 	}
 	server := grpc.NewServer(grpc.MaxRecvMsgSize(MaxMessage), grpc.WaitForHandlers(true))
-	if err := New(store).Register(server); err != nil {
+	if err := New(store, nil).Register(server); err != nil {
 		return nil, nil, err
 	}
 	done := make(chan error, 1)

@@ -20,6 +20,9 @@ type Report struct {
 	Started time.Time `json:"started"`
 	Root    string    `json:"root"`
 	Mount   Mount     `json:"mount"`
+	Process Process   `json:"process"`
+	// Calls are the methods that were called since the start.
+	Calls []Call `json:"calls"`
 	// Discarded are blobs that the store answers for without having their bytes.
 	Discarded Discarded `json:"discarded"`
 	// Transfers are the blobs known to the transfer manager, under way or just finished.
@@ -28,6 +31,26 @@ type Report struct {
 	Unpacks []Unpack `json:"unpacks"`
 	// Recent are layers that were finished since the start, the newest first; only the last few are kept.
 	Recent []Layer `json:"recent"`
+}
+
+// Process is what gantryd itself takes.
+type Process struct {
+	HeapLive    int64 `json:"heap_live"`   // bytes of memory that the last garbage collection of Go's found in use
+	Collections int64 `json:"collections"` // of those since the start
+	Goroutines  int64 `json:"goroutines"`
+	OpenFiles   int64 `json:"open_files"` // descriptors
+}
+
+// Call is what the calls of one method took, in seconds. containerd's whole database waits for those of Snapshots.
+type Call struct {
+	Method string `json:"method"` // service and method, such as Snapshots/Prepare; of Content/Write only the COMMIT message
+	Count  int64  `json:"count"`
+	// Longest is the longest call, LongestSync what of it the database was synced, LongestMounts what of it layers were mounted.
+	Longest       float64 `json:"longest"`
+	LongestSync   float64 `json:"longest_sync"`
+	LongestMounts float64 `json:"longest_mounts"`
+	// Work is the most that a call took beside both.
+	Work float64 `json:"work"`
 }
 
 // Mount says how layers are mounted on this host.
