@@ -51,7 +51,7 @@ lint: $(LINTER) ## run golangci-lint
 	$(LINTER) run ./...
 
 .PHONY: bench
-bench: build peers bench-prerequisites ## pulls beside containerd's and skopeo's, deflate, stages, memory (ROUNDS=5 GB=10 KINDS=gantry,skopeo ONLY=pull,wide,large,stored,small,tail,deflate,stages,memory; all of it takes half an hour)
+bench: build peers bench-prerequisites ## pulls beside containerd's and skopeo's, deflate, stages, memory (ROUNDS=5 GB=10 KINDS=gantry,skopeo ONLY=pull,wide,large,stored,small,tail,deflate,stages,memory,gc; all of it takes half an hour)
 	go run ./integration/bench -rounds $(or $(ROUNDS),5) -gb $(or $(GB),10) $(if $(ONLY),-only $(ONLY)) $(if $(KINDS),-kinds $(KINDS))
 
 # Installed when missing and we may. The bench goes on without them, and says what it did not measure. mkfs.erofs is `make erofs-utils`'s.
@@ -60,6 +60,10 @@ bench-prerequisites: ## install what the bench needs from Debian (skopeo, linux-
 	@if ! { command -v skopeo && command -v perf; } >/dev/null && [ "$$(id -u)" = 0 ]; then \
 		{ apt-get update -q && apt-get install -qy --no-install-recommends skopeo linux-perf; } || echo "skopeo or linux-perf is missing" >&2; \
 	fi
+
+.PHONY: soak
+soak: build peers ## pull, run and remove from 20 clients while gantryd is killed (MINUTES=10 CYCLES=500 SEED=1; both are least)
+	go run ./integration/soak -minutes $(or $(MINUTES),10) -cycles $(or $(CYCLES),500) -seed $(or $(SEED),1)
 
 .PHONY: install
 install: build ## install both programs under PREFIX (default /usr/local)

@@ -3,6 +3,8 @@
 //
 //	helper cat FILE...     print files
 //	helper sum DIR         print one SHA-256 over all names and contents
+//	helper check DIR SUM   exit with 3 if that is not SUM or cannot be read
+//	helper watch DIR SUM   do that again and again, from the disk, until it fails
 //	helper write FILE TEXT write a file
 //	helper fill FILE BYTES write a file of so many random bytes
 //	helper rm FILE         remove a file
@@ -12,6 +14,7 @@ package main
 import (
 	"crypto/rand"
 	"crypto/sha256"
+	"encoding/hex"
 	"errors"
 	"fmt"
 	"io"
@@ -20,24 +23,42 @@ import (
 	"path/filepath"
 	"strconv"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 func main() {
 	if err := run(os.Args[1:]); err != nil {
 		fmt.Fprintln(os.Stderr, err)
+		if os.Args[1] == "check" || os.Args[1] == "watch" {
+			os.Exit(3)
+		}
 		os.Exit(1)
 	}
 }
 
 func run(args []string) error {
 	if len(args) < 2 {
-		return errors.New("usage: helper cat|sum|write|fill|rm|sleep and its arguments")
+		return errors.New("usage: helper cat|sum|check|watch|write|fill|rm|sleep and its arguments")
 	}
 	switch args[0] {
 	case "cat":
 		return cat(args[1:])
 	case "sum":
-		return sum(args[1])
+		got, err := sum(args[1])
+		if err == nil {
+			_, err = fmt.Println(got)
+		}
+		return err
+	case "check":
+		return check(args[1], args[2])
+	case "watch":
+		for {
+			if err := check(args[1], args[2]); err != nil {
+				return err
+			}
+			time.Sleep(100 * time.Millisecond)
+		}
 	case "write":
 		return os.WriteFile(args[1], []byte(args[2]), 0o644)
 	case "fill":
@@ -78,7 +99,15 @@ func fill(name, size string) error {
 	return errors.Join(err, f.Sync(), f.Close())
 }
 
-func sum(dir string) error {
+func check(dir, want string) error {
+	got, err := sum(dir)
+	if err == nil && got != want {
+		err = fmt.Errorf("%s is %s, want %s", dir, got, want)
+	}
+	return err
+}
+
+func sum(dir string) (string, error) {
 	h := sha256.New()
 	err := filepath.WalkDir(dir, func(path string, d fs.DirEntry, err error) error {
 		if err != nil || !d.Type().IsRegular() {
@@ -91,11 +120,8 @@ func sum(dir string) error {
 		defer f.Close()
 		fmt.Fprintln(h, path)
 		_, err = io.Copy(h, f)
+		_ = unix.Fadvise(int(f.Fd()), 0, 0, unix.FADV_DONTNEED) // the next time is to be read from the disk
 		return err
 	})
-	if err != nil {
-		return err
-	}
-	_, err = fmt.Printf("%x\n", h.Sum(nil))
-	return err
+	return hex.EncodeToString(h.Sum(nil)), err
 }

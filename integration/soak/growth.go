@@ -1,0 +1,107 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"maps"
+	"os"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strings"
+	"time"
+
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials/insecure"
+	"google.golang.org/protobuf/types/known/emptypb"
+	"google.golang.org/protobuf/types/known/wrapperspb"
+)
+
+// growth is what gantryd takes while nobody wants anything of it.
+type growth struct {
+	HeapLive    int64 `json:"heap_live"`
+	Collections int64 `json:"collections"`
+	Goroutines  int64 `json:"goroutines"`
+	OpenFiles   int64 `json:"open_files"`
+}
+
+func (g growth) String() string {
+	return fmt.Sprintf("%.1f MiB live, %d goroutines, %d open files", float64(g.HeapLive)/(1<<20), g.Goroutines, g.OpenFiles)
+}
+
+// What gantryd may take more after a phase than after the one before: caches fill, and connections are kept for a while.
+const (
+	moreHeap       = 8 << 20
+	moreGoroutines = 12
+	moreFiles      = 6
+)
+
+// exceeds says what grew.
+func (g growth) exceeds(before growth) error {
+	if g.HeapLive > before.HeapLive+moreHeap || g.Goroutines > before.Goroutines+moreGoroutines || g.OpenFiles > before.OpenFiles+moreFiles {
+		return fmt.Errorf("gantryd GREW from %s to %s", before, g)
+	}
+	return nil
+}
+
+// idle collects garbage, gives gantryd time to rest, and asks what it takes. The answers themselves make the garbage
+// that has Go collect its own.
+func (s *soak) idle(ctx context.Context) (_ growth, err error) {
+	if err := s.node.CollectGarbage(ctx); err != nil {
+		return growth{}, err
+	}
+	conn, err := grpc.NewClient("unix://"+filepath.Join(s.node.Dir, "g.sock"), grpc.WithTransportCredentials(insecure.NewCredentials()))
+	if err != nil {
+		return growth{}, err
+	}
+	defer func() { err = errors.Join(err, conn.Close()) }()
+	pause(ctx, 2*time.Second)
+	first, g := int64(-1), growth{}
+	for range 100_000 {
+		if g, err = ask(ctx, conn); err != nil {
+			return g, err
+		}
+		if first < 0 {
+			first = g.Collections
+		}
+		if g.Collections >= first+2 { // the second one saw all that the first let go
+			return g, nil
+		}
+	}
+	return g, errors.New("gantryd's memory is not collected")
+}
+
+// openFiles counts the descriptors of a process by what they are.
+func openFiles(pid int) (string, error) {
+	links, err := filepath.Glob(fmt.Sprintf("/proc/%d/fd/*", pid))
+	if err != nil {
+		return "", err
+	}
+	counts := map[string]int{}
+	for _, l := range links {
+		if target, err := os.Readlink(l); err == nil {
+			counts[numbers.ReplaceAllString(target, "*")]++
+		}
+	}
+	var lines []string
+	for _, target := range slices.Sorted(maps.Keys(counts)) {
+		lines = append(lines, fmt.Sprintf("%d x %s", counts[target], target))
+	}
+	return strings.Join(lines, ", "), nil
+}
+
+var numbers = regexp.MustCompile(`^/tmp/gantry-\d+|[0-9a-f]{64}|\d+`)
+
+func ask(ctx context.Context, conn *grpc.ClientConn) (g growth, err error) {
+	var reply wrapperspb.BytesValue
+	if err := conn.Invoke(ctx, "/gantry.v1.Status/Get", &emptypb.Empty{}, &reply); err != nil {
+		return g, err
+	}
+	var report struct {
+		Process *growth `json:"process"`
+	}
+	report.Process = &g
+	return g, json.Unmarshal(reply.GetValue(), &report)
+}
