@@ -14,6 +14,7 @@ import (
 	"time"
 
 	containerd "github.com/containerd/containerd/v2/client"
+	"golang.org/x/sys/unix"
 )
 
 // The snapshotters a node can be started for.
@@ -33,6 +34,7 @@ type Options struct {
 	GantryExtra     string // TOML after gantryd's configuration
 	GCDelay         time.Duration
 	DiskMiB         int      // gantryd's root is an ext4 file system of this size; 0: a folder like any other
+	Tmpfs           bool     // gantryd's root is a tmpfs
 	Env             []string // for containerd
 }
 
@@ -71,6 +73,11 @@ func StartNode(ctx context.Context, o Options) (*Node, error) {
 func (n *Node) start(ctx context.Context) error {
 	for _, sub := range []string{"certs.d", "logs"} {
 		if err := os.Mkdir(filepath.Join(n.Dir, sub), 0o700); err != nil {
+			return err
+		}
+	}
+	if n.options.Tmpfs {
+		if err := n.mountTmpfs(); err != nil {
 			return err
 		}
 	}
@@ -117,6 +124,14 @@ func (n *Node) mountDisk(ctx context.Context) error {
 		}
 	}
 	return nil
+}
+
+func (n *Node) mountTmpfs() error {
+	root := n.path("gantry")
+	if err := os.Mkdir(root, 0o700); err != nil {
+		return err
+	}
+	return unix.Mount("tmpfs", root, "tmpfs", 0, "size=1g")
 }
 
 func (n *Node) path(name string) string { return filepath.Join(n.Dir, name) }
