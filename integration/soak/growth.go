@@ -25,6 +25,8 @@ type growth struct {
 	Collections int64 `json:"collections"`
 	Goroutines  int64 `json:"goroutines"`
 	OpenFiles   int64 `json:"open_files"`
+
+	lingering int // transfers that nobody may want any more, but that are not given up yet
 }
 
 func (g growth) String() string {
@@ -46,7 +48,10 @@ func (g growth) exceeds(before growth) error {
 	return nil
 }
 
-// idle collects garbage, gives gantryd time to rest, and asks what it takes. The answers themselves make the garbage
+// lingers is how long gantryd goes on with what nobody waits for any more, and then some.
+const lingers = time.Minute
+
+// idle collects garbage, waits until gantryd has given up what nobody waits for, and asks what it takes. The answers themselves make the garbage
 // that has Go collect its own.
 func (s *soak) idle(ctx context.Context) (_ growth, err error) {
 	if err := s.node.CollectGarbage(ctx); err != nil {
@@ -57,8 +62,16 @@ func (s *soak) idle(ctx context.Context) (_ growth, err error) {
 		return growth{}, err
 	}
 	defer func() { err = errors.Join(err, conn.Close()) }()
-	pause(ctx, 2*time.Second)
-	first, g := int64(-1), growth{}
+	var g growth
+	for until := time.Now().Add(lingers); time.Now().Before(until); pause(ctx, time.Second) {
+		if g, err = ask(ctx, conn); err != nil {
+			return g, err
+		}
+		if g.lingering == 0 {
+			break
+		}
+	}
+	first := int64(-1)
 	for range 100_000 {
 		if g, err = ask(ctx, conn); err != nil {
 			return g, err
@@ -100,8 +113,17 @@ func ask(ctx context.Context, conn *grpc.ClientConn) (g growth, err error) {
 		return g, err
 	}
 	var report struct {
-		Process *growth `json:"process"`
+		Process   *growth `json:"process"`
+		Transfers []struct {
+			Phase string `json:"phase"`
+		} `json:"transfers"`
 	}
 	report.Process = &g
-	return g, json.Unmarshal(reply.GetValue(), &report)
+	err = json.Unmarshal(reply.GetValue(), &report)
+	for _, t := range report.Transfers {
+		if t.Phase != "kept" {
+			g.lingering++
+		}
+	}
+	return g, err
 }

@@ -28,8 +28,7 @@ func newKiller(n *harness.Node, seed uint64) *killer {
 func (k *killer) run(ctx context.Context) error {
 	life := k.between(5*time.Second, 25*time.Second)
 	for {
-		pause(ctx, life)
-		if ctx.Err() != nil {
+		if pause(ctx, life); ended(ctx) {
 			return nil
 		}
 		k.set(time.Now().Add(time.Hour))
@@ -65,8 +64,4 @@ func (k *killer) explains(began time.Time) bool {
 	return k.n > 0 && began.Before(k.last.Add(excused))
 }
 
-func (k *killer) count() int {
-	k.mu.Lock()
-	defer k.mu.Unlock()
-	return k.n
-}
+func ended(ctx context.Context) bool { return ctx.Err() != nil }

@@ -82,27 +82,26 @@ func TestCompletePullFreesLayers(t *testing.T) {
 	second, secondID := f.addLayer(t, 2, 1<<16)
 	f.addImage(t, "default", []ocispec.Descriptor{first, second}, []digest.Digest{firstID, secondID})
 	f.Start(t.Context(), f.images)
-	ctx := namespaces.WithNamespace(t.Context(), "default")
 	unpack := func(l ocispec.Descriptor, id digest.Digest) {
 		t.Helper()
 		if err := f.take(t, "default", l); err != nil {
 			t.Fatal(err)
 		}
 		f.commit(l.Digest)
-		if _, _, err := f.Layer(ctx, l); err != nil {
+		if _, _, err := f.Layer(namespaces.WithNamespace(t.Context(), "default"), l); err != nil {
 			t.Fatal(err)
 		}
 		dst := filepath.Join(t.TempDir(), "layer")
-		if err := errors.Join(f.Puller.layers.Link(id, dst), os.Remove(dst)); err != nil {
+		if err := errors.Join(f.layers.Link(id, dst), os.Remove(dst)); err != nil {
 			t.Fatal(err)
 		}
 	}
 	swept := func(l ocispec.Descriptor) bool {
 		t.Helper()
-		if err := f.Puller.layers.Sweep(ctx, time.Hour); err != nil {
+		if err := f.layers.Sweep(t.Context(), time.Hour); err != nil {
 			t.Fatal(err)
 		}
-		_, err := f.Puller.layers.Lookup(l.Digest)
+		_, err := f.layers.Lookup(l.Digest)
 		return errdefs.IsNotFound(err)
 	}
 	unpack(first, firstID)
@@ -113,7 +112,7 @@ func TestCompletePullFreesLayers(t *testing.T) {
 	if !swept(second) {
 		t.Error("the last layer of a complete image was not swept")
 	}
-	if err := f.served(ctx, "default", second.Digest, second.Size); err != nil { // as Committed does
+	if err := f.served(t.Context(), "default", second.Digest, second.Size); err != nil { // as Committed does
 		t.Fatal(err)
 	}
 	if !swept(first) {
