@@ -19,6 +19,7 @@ import (
 
 	"github.com/gantryd/gantry/content"
 	"github.com/gantryd/gantry/content/registry"
+	"github.com/gantryd/gantry/content/sha256x2"
 	"github.com/gantryd/gantry/content/transfer"
 	"github.com/gantryd/gantry/plugin/config"
 	"github.com/gantryd/gantry/plugin/contentservice"
@@ -103,7 +104,7 @@ func initContainerd(ic *cplugin.InitContext) (any, error) {
 }
 
 func initLayers(ic *cplugin.InitContext) (any, error) {
-	return layer.Open(filepath.Join(configOf(ic).Root, "layers"), layer.Options{})
+	return layer.Open(filepath.Join(configOf(ic).Root, "layers"), layer.Options{NewHash: sha256x2.New})
 }
 
 func initTransfers(ic *cplugin.InitContext) (any, error) {

@@ -126,8 +126,8 @@ type chunkSums struct {
 	sums      [][sha256.Size]byte // of whole chunks, and of the last one once all size bytes came
 }
 
-func newChunkSums(size int64) *chunkSums {
-	return &chunkSums{size: size, cur: sha256.New(), sums: make([][sha256.Size]byte, 0, chunks(size))}
+func newChunkSums(size int64, h hash.Hash) *chunkSums {
+	return &chunkSums{size: size, cur: h, sums: make([][sha256.Size]byte, 0, chunks(size))}
 }
 
 func (c *chunkSums) add(p []byte) {

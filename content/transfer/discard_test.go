@@ -428,7 +428,7 @@ func TestChunkSums(t *testing.T) {
 	for _, size := range []int{1, DiscardChunk - 1, DiscardChunk, DiscardChunk + 1, 2*DiscardChunk + 77} {
 		for _, piece := range []int{100_003, DiscardChunk, 3 * DiscardChunk} {
 			data, _ := randomBlob(70, size)
-			c := newChunkSums(int64(size))
+			c := newChunkSums(int64(size), sha256.New())
 			for p := range slices.Chunk(data, piece) {
 				c.add(p)
 			}

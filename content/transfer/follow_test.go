@@ -3,6 +3,7 @@ package transfer
 import (
 	"bytes"
 	"context"
+	"crypto/sha256"
 	"errors"
 	"hash/crc32"
 	"io/fs"
@@ -57,7 +58,7 @@ func (g *gate) reply(ctx context.Context, _ int, off, _ int64) (fakeReply, error
 }
 
 // chunks of 1 MiB from one host whose requests end at gates of whole MiB. The first request says that ranges work.
-var lockOptions = Options{ChunkSize: 1 << 20, ConnectionsPerHost: 2, Stall: time.Hour, FirstContact: time.Hour, GiveUp: time.Hour}
+var lockOptions = Options{ChunkSize: 1 << 20, ConnectionsPerHost: 2, Stall: time.Hour, FirstContact: time.Hour, GiveUp: time.Hour, NewHash: sha256.New}
 
 func stuckAfter(d time.Duration) Options {
 	o := lockOptions

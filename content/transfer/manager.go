@@ -3,8 +3,10 @@ package transfer
 import (
 	"cmp"
 	"context"
+	"crypto/sha256"
 	"errors"
 	"fmt"
+	"hash"
 	"os"
 	"path/filepath"
 	"slices"
@@ -43,6 +45,9 @@ type Options struct {
 	KeepPartial time.Duration
 	// Grace is for how long a transfer goes on when its last waiter has left. Default 30s.
 	Grace time.Duration
+	// NewHash makes what a blob's SHA-256 is computed with; the hashes of several transfers are used at once. Default:
+	// crypto/sha256.
+	NewHash func() hash.Hash
 }
 
 func (o Options) withDefaults() (Options, error) {
@@ -61,6 +66,9 @@ func (o Options) withDefaults() (Options, error) {
 	o.Stall = cmp.Or(o.Stall, 15*time.Second)
 	o.KeepPartial = cmp.Or(o.KeepPartial, 24*time.Hour)
 	o.Grace = cmp.Or(o.Grace, 30*time.Second)
+	if o.NewHash == nil {
+		o.NewHash = sha256.New
+	}
 	return o, nil
 }
 

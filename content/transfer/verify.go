@@ -53,9 +53,9 @@ func (d *digester) matches(b Blob) bool { return d.off == b.Size && d.encoded() 
 func (j *job) digester() *digester {
 	generation := j.currentGeneration()
 	if j.digest.Hash == nil || j.digest.generation != generation {
-		j.digest = digester{Hash: sha256.New(), generation: generation}
+		j.digest = digester{Hash: j.opts.NewHash(), generation: generation}
 		if j.discards() {
-			j.digest.chunks = newChunkSums(j.blob.Size)
+			j.digest.chunks = newChunkSums(j.blob.Size, j.opts.NewHash())
 		}
 	}
 	return &j.digest

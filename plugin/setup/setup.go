@@ -6,6 +6,7 @@ import (
 	"path/filepath"
 
 	"github.com/gantryd/gantry/content/registry"
+	"github.com/gantryd/gantry/content/sha256x2"
 	"github.com/gantryd/gantry/content/transfer"
 	"github.com/gantryd/gantry/plugin/config"
 )
@@ -48,5 +49,6 @@ func TransferOptions(c *config.Config) transfer.Options {
 		Hosts:       transfer.NewHosts(transfer.HostLimits{PerHost: c.Transfer.ConnectionsPerHost, Total: c.Transfer.Connections}),
 		GiveUp:      c.Transfer.GiveUp,
 		KeepPartial: c.Transfer.KeepPartial,
+		NewHash:     sha256x2.New,
 	}
 }

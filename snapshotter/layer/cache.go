@@ -21,9 +21,11 @@ package layer
 
 import (
 	"context"
+	"crypto/sha256"
 	_ "crypto/sha512" // blobs may have such digests
 	"errors"
 	"fmt"
+	"hash"
 	"io"
 	"io/fs"
 	"os"
@@ -42,6 +44,8 @@ type Options struct {
 	// (default 128 MiB, room for about 650,000 files). A single table above it is
 	// not kept.
 	TableBytes int64
+	// NewHash makes what DiffIDs are computed with, a SHA-256 (default crypto/sha256's).
+	NewHash func() hash.Hash
 }
 
 const defaultTableBytes = 128 << 20
@@ -67,6 +71,7 @@ type Cache struct {
 	root   string
 	tables *tableCache
 	prefix int
+	hasher func() hash.Hash
 	onSync func(path string) // tests see here what is made durable, and when
 	flush  flushFunc         // sync_file_range, but in tests
 
@@ -82,6 +87,9 @@ func Open(root string, o Options) (*Cache, error) {
 	if o.TableBytes == 0 {
 		o.TableBytes = defaultTableBytes
 	}
+	if o.NewHash == nil {
+		o.NewHash = sha256.New
+	}
 	if o.TableBytes < 0 {
 		return nil, fmt.Errorf("%d bytes of tables: %w", o.TableBytes, errdefs.ErrInvalidArgument)
 	}
@@ -89,6 +97,7 @@ func Open(root string, o Options) (*Cache, error) {
 		root:   root,
 		tables: newTableCache(o.TableBytes),
 		prefix: len(defaultPrefix),
+		hasher: o.NewHash,
 		pins:   make(map[digest.Digest]int),
 		wanted: make(map[digest.Digest]time.Time),
 		flush:  unix.SyncFileRange,
@@ -141,7 +150,7 @@ func (c *Cache) Write(ctx context.Context, r io.Reader, progress func(written in
 			err = errors.Join(err, rerr)
 		}
 	}()
-	p := &pipeline{file: f, progress: progress, prefix: c.prefix, flush: c.flush, syncing: c.syncing}
+	p := &pipeline{file: f, progress: progress, prefix: c.prefix, hash: c.hasher(), flush: c.flush, syncing: c.syncing}
 	if err := p.run(ctx, r); err != nil {
 		return nil, err
 	}

@@ -3,8 +3,10 @@ package layer
 import (
 	"bytes"
 	"context"
+	"crypto/sha256"
 	"errors"
 	"fmt"
+	"hash"
 	"io"
 	"math/rand/v2"
 	"os"
@@ -103,6 +105,22 @@ func checkNoTemp(t *testing.T, c *Cache) {
 	t.Helper()
 	if names, err := readNames(c.tmpDir()); err != nil || len(names) > 0 {
 		t.Errorf("left behind: %v, %v", names, err)
+	}
+}
+
+// TestNewHash has the DiffID computed by what the options say.
+func TestNewHash(t *testing.T) {
+	t.Parallel()
+	made := 0
+	c := newCache(t, Options{NewHash: func() hash.Hash {
+		made++
+		return sha256.New224() // which nobody would take otherwise
+	}})
+	tar := largeTar()
+	l, err := c.Write(t.Context(), bytes.NewReader(tar), nil)
+	want := fmt.Sprintf("sha256:%x", sha256.Sum224(tar))
+	if made != 1 || err == nil || !strings.Contains(err.Error(), want) {
+		t.Errorf("%d hashes made; got %v, %v, want an error about %s", made, l, err, want)
 	}
 }
 

@@ -2,9 +2,9 @@ package layer
 
 import (
 	"context"
-	"crypto/sha256"
 	"errors"
 	"fmt"
+	"hash"
 	"io"
 	"os"
 	"sync/atomic"
@@ -56,6 +56,7 @@ type pipeline struct {
 	file     *os.File
 	progress func(int64)
 	prefix   int
+	hash     hash.Hash
 	flush    flushFunc
 	syncing  func(path string)
 
@@ -206,13 +207,12 @@ func each(ctx context.Context, ch <-chan *chunk, do func(data []byte)) error {
 }
 
 func (p *pipeline) hashAll(ctx context.Context, ch <-chan *chunk) error {
-	h := sha256.New()
 	err := each(ctx, ch, func(data []byte) {
 		start := time.Now()
-		h.Write(data)
+		_, _ = p.hash.Write(data) // never fails
 		p.timings.Hash += time.Since(start)
 	})
-	p.diffID = digest.NewDigest(digest.SHA256, h)
+	p.diffID = digest.NewDigest(digest.SHA256, p.hash)
 	return err
 }
 
