@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -174,6 +175,9 @@ func (s *Snapshotter) adoptTar(ctx context.Context, snap storage.Snapshot, l *la
 	if err := syncDir(s.dir(id), s.snapshotsDir()); err != nil {
 		return err
 	}
+	if err := s.markOnlyLowest(id, l); err != nil {
+		return err
+	}
 	root, err := s.earlyIndex(ctx, snap, l.Table)
 	if err != nil {
 		return err
@@ -197,22 +201,38 @@ func (s *Snapshotter) guessLowest(id string, l *layer.Layer) error {
 	return s.writeIndex(s.lowestIndex(id), id, root, l.Size)
 }
 
+// markOnlyLowest tells Commit, which has no time to look into a layer, that this one takes no parent.
+func (s *Snapshotter) markOnlyLowest(id string, l *layer.Layer) error {
+	reason := l.Table.OnlyLowest()
+	if reason == nil {
+		return nil
+	}
+	return writeFile(s.onlyLowest(id), true, func(w io.Writer) error {
+		_, err := io.WriteString(w, reason.Error())
+		return err
+	})
+}
+
 // adoptDirectory extracts the layer. Without a known parent the tar stays
 // linked as `pending` until Commit has named it.
 func (s *Snapshotter) adoptDirectory(ctx context.Context, snap storage.Snapshot, l *layer.Layer) (err error) {
 	id := snap.ID
 	defer func() {
 		if err != nil {
-			err = errors.Join(err, clearDir(s.upper(id)), removeFile(s.pending(id)), removeFile(s.record(id)), removeFile(s.extracting(id)))
+			err = errors.Join(err, clearDir(s.upper(id)), removeFile(s.pending(id)), removeFile(s.record(id)), removeFile(s.onlyLowest(id)), removeFile(s.extracting(id)))
 		}
 	}()
+	only := l.Table.OnlyLowest()
+	if only != nil && len(snap.ParentIDs) > 0 {
+		return only
+	}
 	if err := s.writeRecord(id, adopted{l.DiffID, l.Size}); err != nil {
 		return err
 	}
-	if err := s.layers.Link(l.DiffID, s.pending(id)); err != nil {
+	if err := errors.Join(s.layers.Link(l.DiffID, s.pending(id)), s.markOnlyLowest(id, l)); err != nil {
 		return err
 	}
-	if err := s.extract(ctx, id, s.pending(id), s.lowers(snap.ParentIDs), true); err != nil {
+	if err := s.extract(ctx, id, s.pending(id), s.lowers(snap.ParentIDs), only == nil); err != nil {
 		return err
 	}
 	if len(snap.ParentIDs) > 0 {

@@ -203,8 +203,10 @@ func (s *Snapshotter) Commit(ctx context.Context, name, key string, opts ...snap
 		if _, err = storage.CommitActive(ctx, key, name, usage, opts...); err != nil {
 			return err
 		}
-		parents, err = chain(ctx, name)
-		return err
+		if parents, err = chain(ctx, name); err != nil || len(parents) == 0 {
+			return err
+		}
+		return s.mayHaveParent(id)
 	})
 	if err != nil {
 		return fmt.Errorf("commit snapshot %s: %w", key, err)
@@ -220,6 +222,17 @@ func (s *Snapshotter) Commit(ctx context.Context, name, key string, opts ...snap
 		log.G(ctx).WithError(err).WithField("snapshot", id).Debug("snapshotter: usage is computed when asked for")
 	}
 	return nil
+}
+
+// mayHaveParent refuses a parent for a layer that was adopted without one and can only be the lowest.
+func (s *Snapshotter) mayHaveParent(id string) error {
+	reason, err := os.ReadFile(s.onlyLowest(id))
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	} else if err != nil {
+		return err
+	}
+	return fmt.Errorf("%s: %w", reason, errdefs.ErrInvalidArgument)
 }
 
 // chain returns the ids of a snapshot's ancestors, nearest first. The context

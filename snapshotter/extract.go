@@ -90,7 +90,7 @@ func (s *Snapshotter) extractCommitted(ctx context.Context, id string, parents [
 // dropLayer takes an adopted layer away from a snapshot. The link goes before
 // what describes it: a link without description would be no layer.
 func (s *Snapshotter) dropLayer(id string) error {
-	return errors.Join(s.unmount(id), removeFile(s.layer(id)), removeFile(s.index(id)), removeFile(s.lowestIndex(id)), removeFile(s.record(id)))
+	return errors.Join(s.unmount(id), removeFile(s.layer(id)), removeFile(s.index(id)), removeFile(s.lowestIndex(id)), removeFile(s.onlyLowest(id)), removeFile(s.record(id)))
 }
 
 // settle finishes a directory that was extracted before its parent was known:

@@ -25,6 +25,7 @@ func (l layout) workdir(id string) string     { return filepath.Join(l.dir(id), 
 func (l layout) layer(id string) string       { return filepath.Join(l.dir(id), "layer") }
 func (l layout) index(id string) string       { return filepath.Join(l.dir(id), "index") }
 func (l layout) lowestIndex(id string) string { return filepath.Join(l.dir(id), "index.lowest") }
+func (l layout) onlyLowest(id string) string  { return filepath.Join(l.dir(id), "onlylowest") }
 func (l layout) record(id string) string      { return filepath.Join(l.dir(id), "diffid") }
 func (l layout) pending(id string) string     { return filepath.Join(l.dir(id), "pending") }
 func (l layout) extracting(id string) string  { return filepath.Join(l.dir(id), "extracting") }

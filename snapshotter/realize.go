@@ -122,7 +122,7 @@ func (s *Snapshotter) realize(ctx context.Context, id string, parents []string) 
 // tidy removes what a tar layer has no use for once it is committed. A directory
 // that is not empty stays: it is no layer's content.
 func (s *Snapshotter) tidy(id string) error {
-	for _, d := range []string{s.upper(id), s.workdir(id), s.lowestIndex(id)} {
+	for _, d := range []string{s.upper(id), s.workdir(id), s.lowestIndex(id), s.onlyLowest(id)} {
 		if err := removeFile(d); err != nil && !errors.Is(err, unix.ENOTEMPTY) && !errors.Is(err, unix.EBUSY) {
 			return err
 		}
@@ -198,7 +198,7 @@ func (s *Snapshotter) earlyIndex(ctx context.Context, snap storage.Snapshot, tab
 	if len(snap.ParentIDs) > 0 {
 		return table.Index(s.parents(ctx, snap.ParentIDs))
 	}
-	if table.Implies() {
+	if table.Implies() || exists(s.onlyLowest(snap.ID)) {
 		return nil, nil
 	}
 	root, err := table.Index([]layer.Parent{nothing{}})

@@ -16,6 +16,7 @@
 //	snapshots/<id>/diffid       adopted: digest and size of the tar
 //	snapshots/<id>/index        derived from the tar, with a checksum; never synced
 //	snapshots/<id>/index.lowest the same, in case Commit names no parent
+//	snapshots/<id>/onlylowest   why the layer cannot have a parent, until Commit
 //	snapshots/<id>/pending      extracted before the parent was known (hard link to the tar)
 //	snapshots/<id>/extracting   marks an extraction under way
 //	snapshots/<id>/usage        blocks and inodes of a directory layer

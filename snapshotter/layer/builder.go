@@ -9,6 +9,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/containerd/errdefs"
 	"golang.org/x/sys/unix"
 
 	"github.com/gantryd/gantry/snapshotter/erofs"
@@ -49,6 +50,11 @@ type builder struct {
 	// leads to then gets them.
 	times []dirTime
 
+	// above is why the layer can only be the lowest one, nil as long as it can be any. See apply.
+	above  error
+	lowest bool // the same
+	whited bool // there is or was a whiteout
+
 	fresh *erofs.Inode // the regular file that the last member made, if it did
 
 	// The parent of the member before, see remember: as the tar wrote it, clean,
@@ -79,10 +85,39 @@ func newBuilder(prefix int) *builder {
 }
 
 // apply enters one member. Its errors are those for which Apply fails.
+//
+// In the lowest layer containerd makes no marks of whiteouts: it deletes what they name. So a tar with a file and its
+// whiteout, or with something below a whiteout, is good there and fails anywhere else. From the first such member on
+// the tree is that of a lowest layer.
 func (b *builder) apply(hdr *tar.Header, extents []erofs.Extent) error {
 	if b.entries++; b.entries > b.most {
 		return fmt.Errorf("more than %d members", b.most)
 	}
+	err := b.enter(hdr, extents)
+	if err == nil || b.lowest || !b.whited {
+		return err
+	}
+	b.lowest, b.above = true, fmt.Errorf("tar member %.300q: %w: %w", strings.Clone(hdr.Name), err, errdefs.ErrInvalidArgument)
+	b.dropWhiteouts(b.root)
+	if b.enter(hdr, extents) != nil {
+		return err
+	}
+	return nil
+}
+
+// dropWhiteouts takes the marks out of the tree.
+func (b *builder) dropWhiteouts(dir *erofs.Inode) {
+	for i := len(dir.Children) - 1; i >= 0; i-- {
+		switch d := dir.Children[i]; {
+		case isDir(d.Inode):
+			b.dropWhiteouts(d.Inode)
+		case isWhiteout(d.Inode):
+			b.remove(dir, d.Name)
+		}
+	}
+}
+
+func (b *builder) enter(hdr *tar.Header, extents []erofs.Extent) error {
 	given, base := b.split(hdr.Name)
 	parent, err := b.resolve(given)
 	if err != nil {
@@ -265,7 +300,15 @@ func (b *builder) whiteout(dir *erofs.Inode, parent, base string, hdr *tar.Heade
 	if err := b.checkNew(parent, base); err != nil {
 		return err
 	}
-	if b.child(dir, base) != nil {
+	b.whited = true
+	present := b.child(dir, base) != nil
+	if b.lowest {
+		if present {
+			b.remove(dir, base)
+		}
+		return nil
+	}
+	if present {
 		return fmt.Errorf("whiteout of %.300q, which this layer has: %w", base, unix.EEXIST)
 	}
 	n := b.newInode(dir, unix.S_IFCHR)
@@ -291,7 +334,7 @@ func (b *builder) finish() (*Table, error) {
 		}
 	}
 	sortTree(b.root)
-	t := &Table{inherit: b.inherit, entries: b.entries, bytes: inodeBytes*int64(b.made) + b.held}
+	t := &Table{above: b.above, inherit: b.inherit, entries: b.entries, bytes: inodeBytes*int64(b.made) + b.held}
 	t.tree = tree{root: b.root, find: findSorted, prefix: b.prefix}
 	return t, nil
 }

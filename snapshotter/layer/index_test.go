@@ -35,6 +35,9 @@ func (c *chain) push(t testing.TB, tar []byte) bool {
 	root := upperDir(t)
 	table, err := scan(t.Context(), newFileSource(bytes.NewReader(tar)), len(root))
 	want := applied(t, root, tar, c.dirs...)
+	if err == nil {
+		err = table.OnlyLowest()
+	}
 	if err != nil {
 		if want == nil {
 			t.Fatalf("containerd takes the layer, gantry: %v", err)

@@ -19,6 +19,7 @@ import (
 // concurrent use.
 type Table struct {
 	tree
+	above   error // why it can only be the lowest layer
 	inherit map[*erofs.Inode]inherit
 	entries int
 	bytes   int64 // of memory, about
@@ -26,6 +27,11 @@ type Table struct {
 
 // Len is the number of members of the tar.
 func (t *Table) Len() int { return t.entries }
+
+// OnlyLowest is nil for a layer that may lie over others, and else says why it can only be the lowest one of an image: it
+// has a file and its whiteout, or something below a whiteout. As in containerd, which refuses it over others, what
+// whiteouts name is then not there.
+func (t *Table) OnlyLowest() error { return t.above }
 
 // Implies reports whether the index depends on parents: some directory other
 // than the root has no entry of its own, or had none when members in it were
@@ -148,9 +154,13 @@ func withoutTrusted(xattrs map[string]string) (rest map[string]string, opaque bo
 // implies take mode, owner, time and extended attributes from the parents,
 // nearest first, as containerd's archive.WithParents has it; one that no parent
 // has is 0755. Without parents, whiteouts and opaque marks are left out: a
-// single layer is mounted without overlay. The tree shares nodes with the
+// single layer is mounted without overlay. With parents, a layer that can only be the
+// lowest gives the error of OnlyLowest. The tree shares nodes with the
 // Table, so it must not be changed.
 func (t *Table) Index(parents []Parent) (*erofs.Inode, error) {
+	if len(parents) > 0 && t.above != nil {
+		return nil, t.above
+	}
 	x := indexer{table: t, parents: parents}
 	return x.dir(t.root, nil, "/")
 }
