@@ -20,6 +20,7 @@ EROFS_BINS := $(addprefix $(PEERS)/,mkfs.erofs fsck.erofs dump.erofs)
 OLDER := v2.2 v2.3
 OLDER_BINS := $(foreach line,$(OLDER),$(addprefix $(PEERS)/$(line)/,containerd ctr containerd-shim-runc-v2))
 BUILDKIT_BINS := $(addprefix $(PEERS)/,buildkitd buildctl)
+PACKLAYER := $(PEERS)/packlayer
 LINTER := $(PEERS)/golangci-lint
 
 .PHONY: help
@@ -45,6 +46,10 @@ test-unit: prerequisites ## run the tests beside the code (RACE=1: with the race
 .PHONY: test-integration
 test-integration: build peers prerequisites ## run the tests against containerd, runc and a registry (RUN=regexp)
 	go test -count=1 -timeout 20m $(if $(RUN),-run '$(RUN)') $(if $(V),-v) ./integration/...
+
+.PHONY: corpus-random
+corpus-random: ## compare random hostile layers with overlayfs, in each mode (root; FOR=10m SEED=1)
+	go test -count=1 -v -timeout 0 -run 'TestRandomCorpus$$' ./snapshotter -args -corpus.for=$(or $(FOR),10m) -corpus.seed=$(or $(SEED),1) | grep -vE '^ *(=== |--- PASS)|level='
 
 .PHONY: lint
 lint: $(LINTER) ## run golangci-lint
@@ -74,7 +79,7 @@ clean: ## remove what was built, peers and cached test images too
 	rm -rf bin .cache
 
 .PHONY: peers
-peers: $(PEER_BINS) $(OLDER_BINS) $(BUILDKIT_BINS) ## build containerd, ctr, the shim (and two older lines of them), runc, buildkit and the registry for tests
+peers: $(PEER_BINS) $(OLDER_BINS) $(BUILDKIT_BINS) $(PACKLAYER) ## build containerd, ctr, the shim (and two older lines of them), runc, buildkit and the registry for tests
 
 # One recipe a program, made again only when its module file changes.
 $(PEERS)/%: CGO_ENABLED := 0
@@ -103,6 +108,12 @@ $(foreach line,$(OLDER),$(eval $(call older-line,$(line))))
 
 $(BUILDKIT_BINS) &: integration/peers/buildkit/go.mod
 	$(call build-together,$(BUILDKIT_BINS))
+
+# A module of its own: it alone needs the libraries that write eStargz and zstd:chunked.
+$(PACKLAYER): $(wildcard integration/formats/*.go) integration/formats/go.mod
+	@mkdir -p $(PEERS)
+	@echo "build $(@F)"
+	@cd integration/formats && CGO_ENABLED=0 go build -trimpath -ldflags '-s -w' -o $@ .
 
 $(LINTER): integration/lint/go.mod
 	@mkdir -p $(PEERS)

@@ -15,6 +15,7 @@ import (
 	"github.com/opencontainers/go-digest"
 	"github.com/opencontainers/image-spec/specs-go"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+	"github.com/pierrec/lz4/v4"
 	"golang.org/x/sync/errgroup"
 )
 
@@ -28,12 +29,16 @@ const (
 	GzipGo       Compression = "gzip-go" // by Go's own package, with which docker and BuildKit pack layers; slower, and it stores fewer blocks
 	Zstd         Compression = "zstd"
 	Uncompressed Compression = "none"
+	LZ4          Compression = "lz4" // which containerd's own differ does not know
 )
 
 // LayerSpec describes one layer.
 type LayerSpec struct {
 	Tar         TarFunc
 	Compression Compression
+	// Packed writes the blob itself, in place of Tar and Compression (which still decides the media type), and returns
+	// the DiffID.
+	Packed func(w io.Writer) (digest.Digest, error)
 	// Mangle changes the compressed file before its digest is taken: a blob
 	// that is sent as the manifest says, and is broken inside.
 	Mangle func(f *os.File) error
@@ -174,6 +179,9 @@ func (im *Image) layer(spec LayerSpec, docker bool) (desc ocispec.Descriptor, di
 
 // write packs the tar into w and returns the digest of what was packed.
 func (spec LayerSpec) write(w io.Writer) (digest.Digest, error) {
+	if spec.Packed != nil {
+		return spec.Packed(w)
+	}
 	var packer io.WriteCloser
 	var err error
 	switch spec.Compression {
@@ -185,6 +193,8 @@ func (spec LayerSpec) write(w io.Writer) (digest.Digest, error) {
 		packer = stdgzip.NewWriter(w)
 	case Zstd:
 		packer, err = zstd.NewWriter(w, zstd.WithEncoderConcurrency(1))
+	case LZ4:
+		packer = lz4.NewWriter(w)
 	case Uncompressed:
 		packer = nopCloser{w}
 	default:
@@ -208,6 +218,8 @@ func (spec LayerSpec) mediaType(docker bool) string {
 	switch {
 	case spec.Compression == Zstd:
 		return ocispec.MediaTypeImageLayerZstd // Docker's schema never got one of its own
+	case spec.Compression == LZ4:
+		return ocispec.MediaTypeImageLayer + "+lz4"
 	case spec.Compression == Uncompressed && docker:
 		return dockerLayer
 	case spec.Compression == Uncompressed:

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"crypto/sha256"
 	"encoding/hex"
+	"errors"
 	"fmt"
 	"io"
 	"io/fs"
@@ -28,6 +29,7 @@ type TreeEntry struct {
 	Target   string // of a symbolic link
 	Sum      string // SHA-256 of a regular file
 	Group    string // first path of the hard-link group, "" when the link count is 1
+	Ghost    bool   // listed, and not there: overlayfs lists the whiteouts of a directory that one layer alone has
 }
 
 // FileTree maps paths, relative to the root ("." is the root itself), to entries.
@@ -45,6 +47,9 @@ func WalkTree(root string) (FileTree, error) {
 			return err
 		}
 		e, err := readEntry(path, rel, groups)
+		if errors.Is(err, fs.ErrNotExist) {
+			e, err = TreeEntry{Ghost: true}, nil
+		}
 		if err != nil {
 			return fmt.Errorf("%s: %w", path, err)
 		}
@@ -170,6 +175,7 @@ func compareEntries(want, got TreeEntry) []string {
 	diff("target", want.Target, got.Target)
 	diff("content", want.Sum, got.Sum)
 	diff("hard-link group", want.Group, got.Group)
+	diff("listed only", want.Ghost, got.Ghost)
 	if !maps.Equal(want.Xattrs, got.Xattrs) {
 		d = append(d, fmt.Sprintf("xattrs: want %q, got %q", want.Xattrs, got.Xattrs))
 	}
