@@ -34,7 +34,22 @@ func (s *Store) unlink(d digest.Digest, b *blob) error {
 	if discarded {
 		return err
 	}
-	return errors.Join(err, removeFile(s.blobPath(d)))
+	return errors.Join(err, s.free(s.blobPath(d)))
+}
+
+// free removes a file, and has its blocks freed in the background: that takes its
+// time for a large one, and containerd's garbage collection waits for Delete.
+func (s *Store) free(path string) error {
+	f, err := os.Open(path)
+	if errors.Is(err, os.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return removeFile(path) // all the same
+	}
+	err = removeFile(path)
+	s.freeing.Go(func() { _ = f.Close() }) // the last name is gone: this frees
+	return err
 }
 
 // settled notes that the name of a blob's file, or of its record, is durable. A record beside a file goes only now.

@@ -116,6 +116,8 @@ type Store struct {
 	giveUp   time.Duration
 	onSync   func(path string) // tests see here what is made durable, and when
 
+	freeing sync.WaitGroup // files without a name that are being closed
+
 	// files serialises changes of blobs/. It comes before mu.
 	files sync.Mutex
 
@@ -220,6 +222,10 @@ func writeTime(path string, t time.Time) error {
 	return os.WriteFile(path, text, 0o644)
 }
 
-// Close lets go of the blobs that were brought back to be read. Readers go on until
-// they are closed.
-func (s *Store) Close() error { return s.refetch.close() }
+// Close lets go of the blobs that were brought back to be read, and waits until those
+// deleted have freed their space. Readers go on until they are closed.
+func (s *Store) Close() error {
+	err := s.refetch.close()
+	s.freeing.Wait()
+	return err
+}

@@ -116,6 +116,14 @@ func (c *Cache) sweepOne(diffID digest.Digest, olderThan time.Duration) error {
 	if err != nil {
 		return nil //nolint:nilerr // not a layer file: not ours to remove
 	}
+	f, err := os.Open(path)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	} else if err != nil {
+		return err
+	}
+	// Without a name the blocks go with this handle: not while pulls wait for the lock.
+	defer f.Close()
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	var st unix.Stat_t
