@@ -107,24 +107,7 @@ func TestRestore(t *testing.T) {
 	}
 
 	// containerd's own store.
-	if err := n.Containerd().Stop(); err != nil {
-		t.Fatal(err)
-	}
-	if err := n.Gantryd().Stop(); err != nil {
-		t.Fatal(err)
-	}
-	path := filepath.Join(n.Dir, "containerd.toml")
-	text, err := os.ReadFile(path)
-	if err != nil {
-		t.Fatal(err)
-	}
-	without := strings.Replace(string(text), "imports = ['"+n.Dir, "#imports = ['"+n.Dir, 1)
-	if err := os.WriteFile(path, []byte(without), 0o600); err != nil {
-		t.Fatal(err)
-	}
-	if err := n.StartContainerd(t.Context()); err != nil {
-		t.Fatal(err)
-	}
+	switchGantry(t, n, false)
 	for i, l := range im.Layers {
 		if got, err := getContent(t, n, l.Digest); err != nil || got != l.Digest {
 			t.Errorf("containerd reads layer %d as %s, %v", i, got, err)
