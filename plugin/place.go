@@ -19,7 +19,7 @@ const lockName = "gantryd.lock"
 
 // rootNames are what the parts make in root. They take what they find there for
 // their own, and remove what they do not know.
-var rootNames = []string{"layers", "metadata.db", "mnt", "probe", "snapshots"}
+var rootNames = []string{"empty", "layers", "metadata.db", "mnt", "probe", "snapshots"}
 
 // place is what a daemon holds on disk while it runs.
 type place struct {

@@ -54,7 +54,7 @@ func (r *reporter) Get(context.Context) (*status.Report, error) {
 	mount := r.snapshots.Status()
 	report := &status.Report{
 		Version: config.Version, PID: os.Getpid(), Started: r.started, Root: r.config.Root,
-		Mount:     status.Mount{Mode: string(mount.Mode), Reason: mount.Reason},
+		Mount:     status.Mount{Mode: string(mount.Mode), Reason: mount.Reason, IDMapped: mount.IDMapped, NotIDMapped: mount.NotIDMapped},
 		Process:   processReport(),
 		Calls:     r.calls.report(),
 		Transfers: []status.Transfer{}, Unpacks: r.puller.Unpacks(), Recent: r.puller.Recent(),

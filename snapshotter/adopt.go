@@ -154,7 +154,8 @@ func (s *Snapshotter) mayAdopt(ctx context.Context, snap storage.Snapshot) error
 	if !empty {
 		return fmt.Errorf("the upper directory is not empty: %w", errdefs.ErrFailedPrecondition)
 	}
-	return nil
+	// What an image's annotations say of user namespaces is nothing to its layers.
+	return s.chownUpper(snap.ID, snap.ParentIDs, nil)
 }
 
 // adoptTar links the layer and, as far as it can be known now, writes its index

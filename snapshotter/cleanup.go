@@ -89,6 +89,7 @@ func (s *Snapshotter) discard(ctx context.Context, name string) error {
 // node is what the database says of one snapshot.
 type node struct {
 	kind    snapshots.Kind
+	labels  map[string]string
 	parents []string // ids, nearest first
 }
 
@@ -113,7 +114,7 @@ func (s *Snapshotter) loadTree(ctx context.Context) (map[string]node, error) {
 			if err != nil {
 				return err
 			}
-			tree[id] = node{kind: i.Kind, parents: parents}
+			tree[id] = node{kind: i.Kind, labels: i.Labels, parents: parents}
 		}
 		return nil
 	})
@@ -151,7 +152,11 @@ func (s *Snapshotter) repair(id string, n node) error {
 		if n.kind != snapshots.KindActive {
 			return nil // first use says so
 		}
-		return s.makeFolders(storage.Snapshot{ID: id, Kind: n.kind, ParentIDs: n.parents})
+		ids, err := s.mapping(n.labels, n.parents)
+		if err != nil {
+			log.L.WithError(err).WithField("snapshot", id).Warn("snapshotter: user namespace") // as Mounts says
+		}
+		return s.makeFolders(storage.Snapshot{ID: id, Kind: n.kind, ParentIDs: n.parents}, ids)
 	}
 	if err := s.removeTemporary(id); err != nil {
 		return err

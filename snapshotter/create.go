@@ -4,9 +4,9 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"os"
-	"syscall"
 	"time"
 
 	"github.com/containerd/containerd/v2/core/mount"
@@ -44,23 +44,22 @@ func (s *Snapshotter) create(ctx context.Context, kind snapshots.Kind, key, pare
 			return nil, nil, err
 		}
 	}
-	_, uid := base.Labels[snapshots.LabelSnapshotUIDMapping]
-	_, gid := base.Labels[snapshots.LabelSnapshotGIDMapping]
-	if uid || gid {
-		return nil, nil, fmt.Errorf("snapshot %s: %w", key, ErrIDMapped)
-	}
 	var snap storage.Snapshot
+	var ids *idMap
 	err := s.update(ctx, func(ctx context.Context) (err error) {
 		snap, err = storage.CreateSnapshot(ctx, kind, key, parent, opts...)
 		if err != nil {
 			return fmt.Errorf("create snapshot %s: %w", key, err)
 		}
-		return s.makeFolders(snap)
+		if ids, err = s.mapping(base.Labels, snap.ParentIDs); err != nil {
+			return fmt.Errorf("snapshot %s: %w", key, err)
+		}
+		return s.makeFolders(snap, ids)
 	})
 	if err != nil {
 		return nil, nil, err
 	}
-	mounts, err := s.present(ctx, snap)
+	mounts, err := s.present(ctx, snap, ids)
 	if err != nil {
 		return nil, nil, errors.Join(fmt.Errorf("snapshot %s: %w", key, err), s.abandon(context.WithoutCancel(ctx), key, snap.ID))
 	}
@@ -70,7 +69,7 @@ func (s *Snapshotter) create(ctx context.Context, kind snapshots.Kind, key, pare
 // makeFolders runs inside the transaction that gave the snapshot its id, so no
 // Cleanup sees the folder without the record, and an id that a rolled back
 // transaction hands out again finds no folder of its own.
-func (s *Snapshotter) makeFolders(snap storage.Snapshot) (err error) {
+func (s *Snapshotter) makeFolders(snap storage.Snapshot, ids *idMap) (err error) {
 	if snap.Kind == snapshots.KindView && len(snap.ParentIDs) > 0 {
 		return nil
 	}
@@ -90,7 +89,10 @@ func (s *Snapshotter) makeFolders(snap storage.Snapshot) (err error) {
 			err = errors.Join(err, os.RemoveAll(dir))
 		}
 	}()
-	if err := s.makeUpper(snap.ID, snap.ParentIDs); err != nil {
+	if err := s.makeUpper(snap.ID); err != nil {
+		return err
+	}
+	if err := s.chownUpper(snap.ID, snap.ParentIDs, ids); err != nil {
 		return err
 	}
 	if snap.Kind == snapshots.KindActive {
@@ -100,28 +102,35 @@ func (s *Snapshotter) makeFolders(snap storage.Snapshot) (err error) {
 }
 
 // makeUpper makes the directory whose attributes the root of the overlay shows.
-// A tar layer's root belongs to 0:0; a directory layer's owner is inherited,
-// as containerd's overlay snapshotter does.
-func (s *Snapshotter) makeUpper(id string, parents []string) error {
+func (s *Snapshotter) makeUpper(id string) error {
 	upper := s.upper(id)
 	if err := os.Mkdir(upper, 0o755); err != nil && !errors.Is(err, fs.ErrExist) {
 		return err
 	}
-	if err := os.Chmod(upper, 0o755); err != nil { // whatever the umask is
+	return os.Chmod(upper, 0o755) // whatever the umask is
+}
+
+// chownUpper decides whose an upper is, as containerd's overlay snapshotter does:
+// a tar layer's root belongs to 0:0, a directory layer's owner is inherited, and
+// in a user namespace its root is the owner. It is noted if the owners of
+// what is written are not those of the layers below.
+func (s *Snapshotter) chownUpper(id string, parents []string, ids *idMap) (err error) {
+	var uid, gid int
+	switch {
+	case ids != nil:
+		uid, gid = ids.rootUID, ids.rootGID
+	case len(parents) > 0 && !s.isTar(parents[0]):
+		if uid, gid, err = owner(s.upper(parents[0])); err != nil {
+			return fmt.Errorf("parent: %w", err)
+		}
+	}
+	if err := os.Lchown(s.upper(id), uid, gid); err != nil {
 		return err
 	}
-	if len(parents) == 0 || s.isTar(parents[0]) {
-		return nil
+	if ids == nil || !ids.lowers {
+		return removeFile(s.shifted(id))
 	}
-	fi, err := os.Stat(s.upper(parents[0]))
-	if err != nil {
-		return fmt.Errorf("parent: %w", err)
-	}
-	st, ok := fi.Sys().(*syscall.Stat_t)
-	if !ok || (st.Uid == 0 && st.Gid == 0) {
-		return nil
-	}
-	return os.Lchown(upper, int(st.Uid), int(st.Gid))
+	return writeFile(s.shifted(id), false, func(io.Writer) error { return nil })
 }
 
 // abandon takes back a snapshot whose mounts could not be had.
@@ -138,8 +147,12 @@ func (s *Snapshotter) abandon(ctx context.Context, key, id string) error {
 // and change what is in it.
 func (s *Snapshotter) Mounts(ctx context.Context, key string) ([]mount.Mount, error) {
 	var snap storage.Snapshot
+	var info snapshots.Info
 	err := s.ms.WithTransaction(ctx, false, func(ctx context.Context) (err error) {
-		snap, err = storage.GetSnapshot(ctx, key)
+		if snap, err = storage.GetSnapshot(ctx, key); err != nil {
+			return err
+		}
+		_, info, _, err = storage.GetInfo(ctx, key)
 		return err
 	})
 	if err != nil {
@@ -150,7 +163,11 @@ func (s *Snapshotter) Mounts(ctx context.Context, key string) ([]mount.Mount, er
 			return nil, fmt.Errorf("extract the layer of snapshot %s: %w", key, err)
 		}
 	}
-	mounts, err := s.present(ctx, snap)
+	ids, err := s.mapping(info.Labels, snap.ParentIDs)
+	if err != nil {
+		return nil, fmt.Errorf("mounts of snapshot %s: %w", key, err)
+	}
+	mounts, err := s.present(ctx, snap, ids)
 	if err != nil {
 		return nil, fmt.Errorf("mounts of snapshot %s: %w", key, err)
 	}
@@ -158,7 +175,7 @@ func (s *Snapshotter) Mounts(ctx context.Context, key string) ([]mount.Mount, er
 }
 
 // present makes sure that all lowers are visible and returns the mounts.
-func (s *Snapshotter) present(ctx context.Context, snap storage.Snapshot) ([]mount.Mount, error) {
+func (s *Snapshotter) present(ctx context.Context, snap storage.Snapshot, ids *idMap) ([]mount.Mount, error) {
 	began := time.Now()
 	err := s.ready(ctx, snap.ParentIDs)
 	s.spent(ctx, Mounting, time.Since(began))
@@ -167,7 +184,7 @@ func (s *Snapshotter) present(ctx context.Context, snap storage.Snapshot) ([]mou
 	}
 	return view{
 		kind: snap.Kind, upper: s.upper(snap.ID), work: s.workdir(snap.ID),
-		lowers: s.lowers(snap.ParentIDs), options: s.overlay,
+		lowers: s.lowers(snap.ParentIDs), options: s.overlay, ids: ids, empty: s.empty(),
 	}.mounts(), nil
 }
 

@@ -25,7 +25,7 @@ func (s *Snapshotter) extract(ctx context.Context, id, tar string, parents []str
 	if err := writeFile(s.extracting(id), true, func(io.Writer) error { return nil }); err != nil {
 		return err
 	}
-	if err := s.makeUpper(id, nil); err != nil {
+	if err := s.makeUpper(id); err != nil {
 		return err
 	}
 	if err := clearDir(s.upper(id)); err != nil {

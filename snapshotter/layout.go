@@ -29,7 +29,9 @@ func (l layout) onlyLowest(id string) string  { return filepath.Join(l.dir(id), 
 func (l layout) record(id string) string      { return filepath.Join(l.dir(id), "diffid") }
 func (l layout) pending(id string) string     { return filepath.Join(l.dir(id), "pending") }
 func (l layout) extracting(id string) string  { return filepath.Join(l.dir(id), "extracting") }
+func (l layout) shifted(id string) string     { return filepath.Join(l.dir(id), "shifted") }
 func (l layout) usage(id string) string       { return filepath.Join(l.dir(id), "usage") }
+func (l layout) empty() string                { return filepath.Join(l.root, "empty") }
 func (l layout) mountpoint(id string) string  { return filepath.Join(l.root, "mnt", id) }
 
 // isTar says whether the snapshot is a tar layer; otherwise it is a directory.

@@ -59,35 +59,46 @@ func chooseMode(ctx context.Context, root string, want Mode) (Mode, string, erro
 
 // probe mounts a layer of one file and reads it through both of its parts.
 func probe(ctx context.Context, root string, mode Mode) (err error) {
-	dir := filepath.Join(root, "probe")
-	if err := removeProbe(root); err != nil { // of a process that was killed
-		return err
-	}
 	defer func() { err = errors.Join(err, removeProbe(root)) }()
-	mnt := filepath.Join(dir, "mnt")
-	if err := os.MkdirAll(mnt, 0o700); err != nil {
-		return err
-	}
-	want := bytes.Repeat([]byte("gantry"), erofs.BlockSize/6+1)[:erofs.BlockSize]
-	data := append(make([]byte, erofs.BlockSize), want...)
-	layer, index := filepath.Join(dir, "layer"), filepath.Join(dir, "index")
-	if err := os.WriteFile(layer, data, 0o600); err != nil {
-		return err
-	}
-	if err := writeProbe(index, data); err != nil {
-		return err
-	}
-	if err := mountTar(ctx, mode, index, layer, mnt); err != nil {
-		return err
-	}
-	got, err := os.ReadFile(filepath.Join(mnt, "probe"))
+	layer, err := makeProbe(ctx, root, mode)
 	if err != nil {
 		return err
 	}
-	if !bytes.Equal(got, want) {
+	got, err := os.ReadFile(filepath.Join(layer, "probe"))
+	if err != nil {
+		return err
+	}
+	if !bytes.Equal(got, probeData()) {
 		return fmt.Errorf("the mount shows wrong data: %w", errdefs.ErrDataLoss)
 	}
 	return nil
+}
+
+func probeData() []byte { return bytes.Repeat([]byte("gantry"), erofs.BlockSize/6+1)[:erofs.BlockSize] }
+
+// makeProbe makes a layer of the file `probe` and returns where it is to be
+// seen. The caller calls removeProbe, also after a failure.
+func makeProbe(ctx context.Context, root string, mode Mode) (string, error) {
+	dir := filepath.Join(root, "probe")
+	if err := removeProbe(root); err != nil { // of a process that was killed
+		return "", err
+	}
+	shown := filepath.Join(dir, "mnt", "0")
+	if err := os.MkdirAll(shown, 0o700); err != nil {
+		return "", err
+	}
+	if mode == ModeDirectory {
+		return shown, os.WriteFile(filepath.Join(shown, "probe"), probeData(), 0o600)
+	}
+	data := append(make([]byte, erofs.BlockSize), probeData()...)
+	layer, index := filepath.Join(dir, "layer"), filepath.Join(dir, "index")
+	if err := os.WriteFile(layer, data, 0o600); err != nil {
+		return "", err
+	}
+	if err := writeProbe(index, data); err != nil {
+		return "", err
+	}
+	return shown, mountTar(ctx, mode, index, layer, shown)
 }
 
 func writeProbe(name string, layer []byte) error {
@@ -106,8 +117,10 @@ func writeProbe(name string, layer []byte) error {
 
 func removeProbe(root string) error {
 	dir := filepath.Join(root, "probe")
-	if err := unmountAll(filepath.Join(dir, "mnt")); err != nil {
-		return err
+	for _, target := range []string{"merged", "mapped/0", "mapped", "mnt/0", "mnt"} { // those on top first; the last is of an older gantryd
+		if err := unmountAll(filepath.Join(dir, target)); err != nil {
+			return err
+		}
 	}
 	return os.RemoveAll(dir)
 }

@@ -13,6 +13,8 @@ type view struct {
 	upper   string
 	work    string
 	lowers  []string // nearest first
+	ids     *idMap   // nil: as the host sees them
+	empty   string   // a directory without entries
 	options []string // of every overlay
 }
 
@@ -25,19 +27,24 @@ type view struct {
 // lowers have short names (mnt/<id>).
 func (v view) mounts() []mount.Mount {
 	active := v.kind == snapshots.KindActive
+	mapped := v.ids.options()
+	lowers := v.lowers
 	switch {
 	case len(v.lowers) == 0 && active:
 		return bind(v.upper, "rw")
 	case len(v.lowers) == 0:
 		return bind(v.upper, "ro")
-	case len(v.lowers) == 1 && !active:
+	case len(v.lowers) == 1 && !active && mapped == nil:
 		return bind(v.lowers[0], "ro")
+	case len(v.lowers) == 1 && !active:
+		// containerd maps no bind that is read-only, and overlay wants two.
+		lowers = []string{v.lowers[0], v.empty}
 	}
-	var options []string
+	options := mapped
 	if active {
 		options = append(options, "workdir="+v.work, "upperdir="+v.upper)
 	}
-	options = append(options, "lowerdir="+strings.Join(v.lowers, ":"))
+	options = append(options, "lowerdir="+strings.Join(lowers, ":"))
 	options = append(options, v.options...)
 	return []mount.Mount{{Type: "overlay", Source: "overlay", Options: options}}
 }

@@ -2,6 +2,7 @@ package snapshotter
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -13,6 +14,7 @@ import (
 
 	"github.com/containerd/errdefs"
 	"github.com/moby/sys/mountinfo"
+	"golang.org/x/sys/unix"
 
 	"github.com/gantryd/gantry/snapshotter/layer"
 )
@@ -86,10 +88,14 @@ func TestRestart(t *testing.T) {
 				t.Fatal(err)
 			}
 			writeTestFile(t, r.index(id)+".tmp")
-			if err := os.MkdirAll(filepath.Join(r.root, "probe", "mnt"), 0o700); err != nil {
+			probe := filepath.Join(r.root, "probe")
+			if err := errors.Join(os.MkdirAll(filepath.Join(probe, "mnt", "0"), 0o700), os.Mkdir(filepath.Join(probe, "mapped"), 0o700)); err != nil {
 				t.Fatal(err)
 			}
-			if err := mountTar(t.Context(), ModeFile, r.index(id), r.layer(id), filepath.Join(r.root, "probe", "mnt")); err != nil {
+			if err := mountTar(t.Context(), ModeFile, r.index(id), r.layer(id), filepath.Join(probe, "mnt", "0")); err != nil {
+				t.Fatal(err)
+			}
+			if err := unix.Mount(filepath.Join(probe, "mnt"), filepath.Join(probe, "mapped"), "", unix.MS_BIND|unix.MS_REC, ""); err != nil {
 				t.Fatal(err)
 			}
 		},

@@ -20,7 +20,9 @@
 //	snapshots/<id>/pending      extracted before the parent was known (hard link to the tar)
 //	snapshots/<id>/extracting   marks an extraction under way
 //	snapshots/<id>/usage        blocks and inodes of a directory layer
+//	snapshots/<id>/shifted      marks a directory that was written over id-mapped lowers
 //	mnt/<id>                    where the tar layer is mounted
+//	empty                       the second lower of an overlay that needs two
 //
 // containerd's garbage collection waits behind Prepare, View, Commit and
 // Remove, so these do one database transaction and, for a missing mount, one
@@ -58,12 +60,6 @@ const defaultKeepLayers = 10 * time.Minute
 // databaseWait bounds the wait for the lock on metadata.db, which another
 // gantryd on the same root would hold.
 const databaseWait = 2 * time.Second
-
-// ErrIDMapped is returned by Prepare and View for a snapshot with
-// containerd.io/snapshot/uidmapping or gidmapping labels. containerd sends them
-// only to snapshotters that declare the capability remap-ids; for others its
-// client makes a copy with changed owners, which works here.
-var ErrIDMapped = fmt.Errorf("id-mapped snapshots are not supported (do not declare the capability remap-ids): %w", errdefs.ErrNotImplemented)
 
 // Observer is told about snapshots.
 type Observer interface {
@@ -115,6 +111,7 @@ type Snapshotter struct {
 	mode     Mode
 	reason   string
 	overlay  []string
+	unmapped error // why lowers cannot be id-mapped; nil if they can
 
 	locks   keyLocks
 	work    *worker
@@ -169,6 +166,9 @@ func New(ctx context.Context, root string, layers *layer.Cache, o Options) (_ *S
 	}
 	log.G(ctx).WithField("mode", s.mode).WithField("reason", s.reason).Info("snapshotter: how layers are mounted")
 	s.overlay = overlayOptions(ctx, root)
+	if s.unmapped = probeIDMapped(ctx, root, s.mode, s.overlay); s.unmapped != nil {
+		log.G(ctx).WithError(s.unmapped).Info("snapshotter: no id-mapped mounts: user namespaces get copies of images")
+	}
 	if err := s.recover(ctx, tree); err != nil {
 		return nil, err
 	}
@@ -184,7 +184,7 @@ func prepareRoot(root string) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	for _, d := range []string{"snapshots", "mnt"} {
+	for _, d := range []string{"snapshots", "mnt", "empty"} {
 		if err := os.MkdirAll(filepath.Join(abs, d), 0o700); err != nil {
 			return "", err
 		}

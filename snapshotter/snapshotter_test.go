@@ -215,17 +215,6 @@ func TestModes(t *testing.T) {
 	})
 }
 
-func TestIDMappedIsRefused(t *testing.T) {
-	r := newRig(t, ModeDirectory)
-	label := snapshots.WithLabels(map[string]string{snapshots.LabelSnapshotUIDMapping: "0:1000:1"})
-	if _, err := r.Prepare(t.Context(), "k", "", label); !errors.Is(err, ErrIDMapped) || !errdefs.IsNotImplemented(err) {
-		t.Errorf("got %v, want ErrIDMapped", err)
-	}
-	if _, err := r.Prepare(t.Context(), "k", ""); err != nil {
-		t.Errorf("the key is taken: %v", err)
-	}
-}
-
 type recorder struct {
 	mu   sync.Mutex
 	seen []string

@@ -7,6 +7,10 @@ type Status struct {
 	// Mode is how layers become visible, never ModeAuto, and Reason why.
 	Mode   Mode
 	Reason string
+	// IDMapped: user namespaces see layers through id-mapped mounts. Otherwise
+	// NotIDMapped says why not.
+	IDMapped    bool
+	NotIDMapped string
 	// TarLayers and Directories count the folders of either kind; active
 	// snapshots are directories until they adopt a layer.
 	TarLayers, Directories int
@@ -18,7 +22,10 @@ type Status struct {
 
 // Status looks at the disk; it is meant for a command line, not for a loop.
 func (s *Snapshotter) Status() Status {
-	st := Status{Mode: s.mode, Reason: s.reason, Busy: s.work.busy()}
+	st := Status{Mode: s.mode, Reason: s.reason, IDMapped: s.unmapped == nil, Busy: s.work.busy()}
+	if s.unmapped != nil {
+		st.NotIDMapped = s.unmapped.Error()
+	}
 	entries, err := os.ReadDir(s.snapshotsDir())
 	if err != nil {
 		return st

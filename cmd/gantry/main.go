@@ -17,6 +17,7 @@ import (
 	"github.com/containerd/log"
 
 	"github.com/gantryd/gantry/plugin/config"
+	"github.com/gantryd/gantry/plugin/setup"
 )
 
 // Exit codes.
@@ -201,10 +202,26 @@ where containerd chooses its content store, differ and snapshotter. Save it wher
 
   gantry config containerd > /etc/containerd/conf.d/gantry.toml
 
-/etc/containerd/config.toml needs imports = ["/etc/containerd/conf.d/*.toml"] at its top. Then restart
+Whether containers in user namespaces may use id-mapped mounts is asked of gantryd or, where it does not run, tried:
+that takes root. /etc/containerd/config.toml needs imports = ["/etc/containerd/conf.d/*.toml"] at its top. Then restart
 containerd. To go back, see the comment at the top of what is printed.
 `,
-	run: func(_ context.Context, c *config.Config, _ *flag.FlagSet, stdout io.Writer) error {
-		return c.WriteContainerd(stdout)
+	run: func(ctx context.Context, c *config.Config, _ *flag.FlagSet, stdout io.Writer) error {
+		return c.WriteContainerd(stdout, notIDMapped(ctx, c))
 	},
+}
+
+// notIDMapped asks gantryd whether it maps layers for user namespaces; where it
+// does not run, this process tries as gantryd will. nil: it does.
+func notIDMapped(ctx context.Context, c *config.Config) error {
+	report, err := fetch(ctx, c.Address)
+	switch {
+	case err != nil:
+		return setup.IDMapped(ctx, c)
+	case report.Mount.IDMapped:
+		return nil
+	case report.Mount.NotIDMapped == "":
+		return errors.New("the gantryd that is running does not know of it")
+	}
+	return errors.New(report.Mount.NotIDMapped)
 }

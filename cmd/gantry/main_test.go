@@ -120,7 +120,7 @@ func TestStatus(t *testing.T) {
 	blob, layer := digest.FromString("blob"), digest.FromString("layer")
 	now := time.Now().UTC()
 	busy := &status.Report{
-		Version: "v1.2.3", PID: 42, Started: now.Add(-time.Minute), Root: "/r", Mount: status.Mount{Mode: "file", Reason: "Linux 6.18"},
+		Version: "v1.2.3", PID: 42, Started: now.Add(-time.Minute), Root: "/r", Mount: status.Mount{Mode: "file", Reason: "Linux 6.18", IDMapped: true},
 		Transfers: []status.Transfer{
 			{Digest: blob, Size: 200 << 20, Frontier: 50 << 20, Received: 60 << 20, Rate: 10 << 20, Phase: "fetching", Hosts: []string{"a:5000", "b"}, Connections: 11, Waiters: 3},
 			{Digest: layer, Size: 0, Phase: "failed", Error: "first\nsecond"},
@@ -130,14 +130,14 @@ func TestStatus(t *testing.T) {
 		Recent:  []status.Layer{{Namespace: "k8s.io", Image: "reg/app:1", Digest: layer, Size: 1000, Written: 2048, Seconds: status.Seconds{Total: 1.5, Download: 1.25}}},
 	}
 	shared := &status.Report{Recent: []status.Layer{{Image: "reg/app:1", Digest: layer}}}
-	idle := &status.Report{Version: "v1.2.3", PID: 42, Started: now, Root: "/r", Mount: status.Mount{Mode: "directory"}}
+	idle := &status.Report{Version: "v1.2.3", PID: 42, Started: now, Root: "/r", Mount: status.Mount{Mode: "directory", NotIDMapped: "too old"}}
 	for name, tc := range map[string]struct {
 		report *status.Report
 		want   []string
 		not    string
 	}{
 		"shared": {shared, []string{"COMMIT  TAIL   IMAGE\n", "reg/app:1"}, "NAMESPACE"},
-		"idle":   {idle, []string{"gantryd v1.2.3, pid 42, up ", "mount mode directory\n", "nothing is under way\n"}, "LAYERS"},
+		"idle":   {idle, []string{"gantryd v1.2.3, pid 42, up ", "mount mode directory\n", "user namespaces get copies of images: no id-mapped mounts: too old\n", "nothing is under way\n"}, "LAYERS"},
 		"busy": {busy, []string{
 			"up 1m", "root /r", "mount mode file: Linux 6.18\n",
 			"fetching  25%   60.0 MiB  200.0 MiB  10.0 MiB/s  11     3      a:5000,b",

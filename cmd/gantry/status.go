@@ -109,6 +109,9 @@ func printReport(w io.Writer, r *status.Report, now time.Time) error {
 	line := func(cells ...string) { _, _ = fmt.Fprintln(t, strings.Join(cells, "\t")) }
 	line(fmt.Sprintf("gantryd %s, pid %d, up %s, root %s", r.Version, r.PID, now.Sub(r.Started).Round(time.Second), r.Root))
 	line("mount mode " + r.Mount.Mode + reason(r.Mount.Reason))
+	if !r.Mount.IDMapped {
+		line("user namespaces get copies of images: no id-mapped mounts" + reason(r.Mount.NotIDMapped))
+	}
 	line(fmt.Sprintf("%s of memory in use, %d open files, %d goroutines", amount(r.Process.HeapLive), r.Process.OpenFiles, r.Process.Goroutines))
 	if r.Discarded.Blobs > 0 {
 		line(fmt.Sprintf("%d layers are kept without their compressed bytes, %s; gantry content restore fetches them again", r.Discarded.Blobs, amount(r.Discarded.Size)))

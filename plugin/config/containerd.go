@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"fmt"
 	"io"
+	"strings"
 	"text/template"
 
 	"github.com/containerd/platforms"
@@ -23,15 +24,20 @@ const (
 const leastUnpacks = 4
 
 // WriteContainerd writes what containerd (2.0 or later) needs to use the gantryd
-// that c configures, as a file for containerd's imports.
-func (c *Config) WriteContainerd(w io.Writer) error {
+// that c configures, as a file for containerd's imports. notIDMapped is why
+// gantryd does not map layers for user namespaces on this host, nil if it does.
+func (c *Config) WriteContainerd(w io.Writer, notIDMapped error) error {
 	var b bytes.Buffer
-	err := dropIn.Execute(&b, map[string]any{
+	values := map[string]any{
 		"Config": c, "Isolated": c.Isolated(),
 		"Snapshotter": SnapshotterName, "Content": ContentName, "Differ": DifferName,
 		"Platform": platforms.Format(platforms.DefaultSpec()), "Unpacks": max(c.UnpackWorkers(), leastUnpacks),
-		"Version": Version,
-	})
+		"Version": Version, "NotIDMapped": "",
+	}
+	if notIDMapped != nil {
+		values["NotIDMapped"] = strings.Join(strings.Fields(notIDMapped.Error()), " ") // one line of a comment
+	}
+	err := dropIn.Execute(&b, values)
 	if err != nil {
 		return fmt.Errorf("containerd's configuration: %w", err)
 	}
@@ -79,8 +85,16 @@ disabled_plugins = ["io.containerd.content.v1.content"]
 [proxy_plugins.{{.Snapshotter}}]
   type = "snapshot"
   address = {{q .Config.Address}}
-  # Layers of one image may be unpacked in any order, each without its parent.
+  # rebase: layers of one image may be unpacked in any order, each without its parent.
+{{- if .NotIDMapped}}
+  # remap-ids is missing, so a container in a user namespace gets a copy of its image with changed owners. Layers
+  # cannot be id-mapped here: {{.NotIDMapped}}
   capabilities = ["rebase"]
+{{- else}}
+  # remap-ids: a container in a user namespace sees the layers through id-mapped mounts. It works on this host, as it
+  # is now; without it (an older kernel) such containers fail to start and say so: print this file again then.
+  capabilities = ["rebase", "remap-ids"]
+{{- end}}
   [proxy_plugins.{{.Snapshotter}}.exports]
     # Where images take their space: the kubelet watches this file system.
     root = {{q .Config.Root}}

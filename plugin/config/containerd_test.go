@@ -2,6 +2,7 @@ package config
 
 import (
 	"bytes"
+	"errors"
 	"reflect"
 	"strings"
 	"testing"
@@ -56,11 +57,13 @@ func TestWriteContainerd(t *testing.T) {
 		root    string
 		policy  string
 		unpacks int // 0: by the number of CPUs
+		ids     error
 	}{
-		"defaults": {"", "/run/gantry/gantry.sock", "/var/lib/gantry", "", 0},
+		"defaults":   {"", "/run/gantry/gantry.sock", "/var/lib/gantry", "", 0, nil},
+		"old kernel": {"", "/run/gantry/gantry.sock", "/var/lib/gantry", "", 0, errors.New("mount\nfails")},
 		"changed": {"root = '/data/\"odd\" name'\naddress = '/g.sock'\nunpack.workers = 12\ncontainerd.content_sharing_policy = 'isolated'\n",
-			"/g.sock", `/data/"odd" name`, "isolated", 12},
-		"few workers": {"unpack.workers = 1\n", "/run/gantry/gantry.sock", "/var/lib/gantry", "", leastUnpacks},
+			"/g.sock", `/data/"odd" name`, "isolated", 12, nil},
+		"few workers": {"unpack.workers = 1\n", "/run/gantry/gantry.sock", "/var/lib/gantry", "", leastUnpacks, nil},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
@@ -69,7 +72,7 @@ func TestWriteContainerd(t *testing.T) {
 				t.Fatal(err)
 			}
 			var b bytes.Buffer
-			if err := c.WriteContainerd(&b); err != nil {
+			if err := c.WriteContainerd(&b, tc.ids); err != nil {
 				t.Fatal(err)
 			}
 			var got dropInFile
@@ -79,11 +82,15 @@ func TestWriteContainerd(t *testing.T) {
 			if got.Plugins.Transfer.Unpacks < leastUnpacks || (tc.unpacks != 0 && got.Plugins.Transfer.Unpacks != tc.unpacks) {
 				t.Errorf("max_concurrent_unpacks = %d", got.Plugins.Transfer.Unpacks)
 			}
+			capabilities, hints := []string{"rebase", "remap-ids"}, []string{"Switch on:", "Switch off:", c.Content.Root}
+			if tc.ids != nil {
+				capabilities, hints = []string{"rebase"}, append(hints, "cannot be id-mapped here: mount fails")
+			}
 			want := dropInFile{
 				Version:         3,
 				DisabledPlugins: []string{"io.containerd.content.v1.content"},
 				ProxyPlugins: map[string]proxyPlugin{
-					"gantry": {Type: "snapshot", Address: tc.address, Capabilities: []string{"rebase"},
+					"gantry": {Type: "snapshot", Address: tc.address, Capabilities: capabilities,
 						Exports: map[string]string{"root": tc.root, "enable_remote_snapshot_annotations": "true"}},
 					"gantry-content": {Type: "content", Address: tc.address},
 					"gantry-diff":    {Type: "diff", Address: tc.address},
@@ -101,7 +108,7 @@ func TestWriteContainerd(t *testing.T) {
 			if !reflect.DeepEqual(got, want) {
 				t.Errorf("got  %+v\nwant %+v", got, want)
 			}
-			for _, hint := range []string{"Switch on:", "Switch off:", c.Content.Root} {
+			for _, hint := range hints {
 				if !strings.Contains(b.String(), hint) {
 					t.Errorf("the comments lack %q", hint)
 				}

@@ -3,12 +3,17 @@
 package setup
 
 import (
+	"context"
+	"errors"
+	"io/fs"
+	"os"
 	"path/filepath"
 
 	"github.com/gantryd/gantry/content/registry"
 	"github.com/gantryd/gantry/content/sha256x2"
 	"github.com/gantryd/gantry/content/transfer"
 	"github.com/gantryd/gantry/plugin/config"
+	"github.com/gantryd/gantry/snapshotter"
 )
 
 // Registry returns the registries as c describes them.
@@ -51,4 +56,22 @@ func TransferOptions(c *config.Config) transfer.Options {
 		KeepPartial: c.Transfer.KeepPartial,
 		NewHash:     sha256x2.New,
 	}
+}
+
+// IDMapped returns why the gantryd that c configures would not map layers for user namespaces on this host, nil if it
+// would. It tries on the file system of its root, in a folder that goes again.
+func IDMapped(ctx context.Context, c *config.Config) (err error) {
+	dir := c.Root
+	for dir != "/" {
+		if _, err := os.Stat(dir); err == nil || !errors.Is(err, fs.ErrNotExist) {
+			break
+		}
+		dir = filepath.Dir(dir)
+	}
+	dir, err = os.MkdirTemp(dir, ".gantry-probe-")
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, os.Remove(dir)) }()
+	return snapshotter.ProbeIDMapped(ctx, dir, snapshotter.Mode(c.Snapshotter.Mount))
 }

@@ -57,6 +57,9 @@ type Call struct {
 type Mount struct {
 	Mode   string `json:"mode"`   // file, loop or directory
 	Reason string `json:"reason"` // why not the one before it
+	// IDMapped: containers in user namespaces see layers through id-mapped mounts; containerd is to be told remap-ids.
+	IDMapped    bool   `json:"id_mapped"`
+	NotIDMapped string `json:"not_id_mapped,omitempty"` // why not
 }
 
 // Discarded counts blobs and their bytes.

@@ -51,7 +51,7 @@ func TestGet(t *testing.T) {
 	blob := digest.FromString("blob")
 	now := time.Now().UTC().Round(0)
 	want := &Report{
-		Version: "v1", PID: 7, Started: now, Root: "/r", Mount: Mount{"loop", "kernel 6.8 mounts no files"},
+		Version: "v1", PID: 7, Started: now, Root: "/r", Mount: Mount{Mode: "loop", Reason: "kernel 6.8 mounts no files", NotIDMapped: "so"},
 		// More than a float64 holds exactly: the report must not go through one.
 		Transfers: []Transfer{{Digest: blob, Size: 1<<60 + 1, Frontier: 3, Received: 4, Rate: 5.5, Phase: "fetching", Hosts: []string{"a"}, Connections: 7, Waiters: 2, Started: now}},
 		Unpacks:   []Unpack{{Digest: blob, Size: 9, Read: 1, Written: 2, Phase: "unpacking", Started: now}},

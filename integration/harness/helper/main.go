@@ -8,6 +8,7 @@
 //	helper write FILE TEXT write a file
 //	helper fill FILE BYTES write a file of so many random bytes
 //	helper rm FILE         remove a file
+//	helper owners DIR      print mode, owner, group, size and path of all below, but not of other file systems
 //	helper sleep SECONDS   wait
 package main
 
@@ -22,6 +23,7 @@ import (
 	"os"
 	"path/filepath"
 	"strconv"
+	"syscall"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -39,7 +41,7 @@ func main() {
 
 func run(args []string) error {
 	if len(args) < 2 {
-		return errors.New("usage: helper cat|sum|check|watch|write|fill|rm|sleep and its arguments")
+		return errors.New("usage: helper cat|sum|check|watch|write|fill|rm|owners|sleep and its arguments")
 	}
 	switch args[0] {
 	case "cat":
@@ -65,6 +67,8 @@ func run(args []string) error {
 		return fill(args[1], args[2])
 	case "rm":
 		return os.Remove(args[1])
+	case "owners":
+		return owners(args[1])
 	case "sleep":
 		seconds, err := strconv.Atoi(args[1])
 		time.Sleep(time.Duration(seconds) * time.Second)
@@ -124,4 +128,28 @@ func sum(dir string) (string, error) {
 		return err
 	})
 	return hex.EncodeToString(h.Sum(nil)), err
+}
+
+func owners(dir string) error {
+	var root syscall.Stat_t
+	if err := syscall.Lstat(dir, &root); err != nil {
+		return err
+	}
+	return filepath.WalkDir(dir, func(path string, d fs.DirEntry, err error) error {
+		var st syscall.Stat_t
+		if err == nil {
+			err = syscall.Lstat(path, &st)
+		}
+		if err != nil {
+			return err
+		}
+		if d.IsDir() && st.Dev != root.Dev {
+			return fs.SkipDir
+		}
+		if d.IsDir() {
+			st.Size = 0
+		}
+		_, err = fmt.Printf("%o %d:%d %d %s\n", st.Mode, st.Uid, st.Gid, st.Size, path)
+		return err
+	})
 }
