@@ -109,7 +109,9 @@ func (p *Pull) transfer(ctx context.Context, client *containerd.Client, f *follo
 		return nil, err
 	}
 	ended := make(chan error, 1)
-	go func() { ended <- client.Transfer(leased, source, target, ctransfer.WithProgress(f.event)) }()
+	go func() {
+		ended <- patiently(leased, func() error { return client.Transfer(leased, source, target, ctransfer.WithProgress(f.event)) })
+	}()
 	if err := f.until(ctx, ended); err != nil {
 		if !f.resolved() { // nothing was fetched that is worth keeping
 			err = errors.Join(err, lease.release(context.WithoutCancel(ctx)))

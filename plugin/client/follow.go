@@ -157,7 +157,7 @@ func (f *following) manifest(ctx context.Context) error {
 	if f.layers != nil || image.Digest == "" {
 		return nil
 	}
-	m, err := manifestOf(ctx, f.store, image, f.pull.platform)
+	m, err := f.pull.manifest(ctx, f.store, image)
 	if err != nil {
 		return fmt.Errorf("read the manifest: %w", err)
 	}

@@ -88,6 +88,28 @@ type document struct{ *bytes.Reader }
 
 func (document) Close() error { return nil }
 
+// manifest chooses what is to be pulled from what the reference stands for. An image that is no choice of several must be for
+// the platform that was asked for; without a wish any will do, as for other clients.
+func (p *Pull) manifest(ctx context.Context, provider ccontent.Provider, target ocispec.Descriptor) (*ocispec.Manifest, error) {
+	m, err := manifestOf(ctx, provider, target, p.platform)
+	if err != nil || p.options.Platform == "" || !images.IsManifestType(target.MediaType) || !images.IsConfigType(m.Config.MediaType) {
+		return m, err
+	}
+	there, err := images.ConfigPlatform(ctx, provider, m.Config)
+	if err != nil {
+		return nil, fmt.Errorf("which platform it is for: %w", err)
+	}
+	if there.Architecture == "" || platforms.Only(p.platform).Match(there) { // it may say nothing
+		return m, nil
+	}
+	return nil, otherPlatform(p.platform, platforms.Format(there))
+}
+
+// otherPlatform is the error of an image that is for the platforms there alone.
+func otherPlatform(wanted ocispec.Platform, there string) error {
+	return fmt.Errorf("no image for platform %s, there is %s (choose with --platform): %w", platforms.Format(wanted), there, errdefs.ErrNotFound)
+}
+
 // manifestOf chooses the manifest for the platform from what a reference stands for.
 func manifestOf(ctx context.Context, provider ccontent.Provider, target ocispec.Descriptor, platform ocispec.Platform) (*ocispec.Manifest, error) {
 	switch {
@@ -99,7 +121,7 @@ func manifestOf(ctx context.Context, provider ccontent.Provider, target ocispec.
 	m, err := images.Manifest(ctx, provider, target, platforms.Only(platform))
 	if errdefs.IsNotFound(err) && images.IsIndexType(target.MediaType) {
 		if there := platformsOf(ctx, provider, target); there != "" {
-			return nil, fmt.Errorf("no image for platform %s, there is %s (choose with --platform): %w", platforms.Format(platform), there, errdefs.ErrNotFound)
+			return nil, otherPlatform(platform, there)
 		}
 	}
 	if err != nil {

@@ -34,8 +34,12 @@ func (p *Pull) withoutContainerd(ctx context.Context) (_ *Summary, err error) {
 	defer func() { err = errors.Join(err, r.Close()) }()
 	state := p.state(ViaTransfers)
 	p.tell(state)
-	target, image, err := p.resolve(ctx, r)
-	if err != nil {
+	var target ocispec.Descriptor
+	var image *ocispec.Manifest
+	if err := patiently(ctx, func() (err error) {
+		target, image, err = p.resolve(ctx, r)
+		return err
+	}); err != nil {
 		return nil, p.explain(err, nil)
 	}
 	state.Digest = target.Digest
@@ -65,7 +69,7 @@ func (p *Pull) resolve(ctx context.Context, r *registry.Registry) (target ocispe
 	if err != nil {
 		return target, nil, err
 	}
-	image, err = manifestOf(ctx, &documents{fetcher, map[digest.Digest][]byte{}}, target, p.platform)
+	image, err = p.manifest(ctx, &documents{fetcher, map[digest.Digest][]byte{}}, target)
 	return target, image, err
 }
 
