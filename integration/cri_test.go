@@ -143,6 +143,9 @@ func TestCRI(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
+			if tc.unpack != 0 {
+				needGantry(t)
+			}
 			n := newCRI(t, tc.keys, tc.o)
 			if tc.unpack != 0 {
 				setUnpacks(t, n.Node, tc.unpack)
