@@ -130,8 +130,24 @@ func dropWhiteouts(dir string) error {
 		if st.Rdev != 0 {
 			return nil
 		}
-		return os.Remove(path)
+		return removeQuietly(path)
 	})
+}
+
+// removeQuietly leaves the time of the directory as it is.
+func removeQuietly(path string) error {
+	dir := filepath.Dir(path)
+	var st unix.Stat_t
+	if err := unix.Lstat(dir, &st); err != nil {
+		return fmt.Errorf("%s: %w", dir, err)
+	}
+	if err := os.Remove(path); err != nil {
+		return err
+	}
+	if err := unix.UtimesNanoAt(unix.AT_FDCWD, dir, []unix.Timespec{st.Atim, st.Mtim}, unix.AT_SYMLINK_NOFOLLOW); err != nil {
+		return fmt.Errorf("%s: %w", dir, err)
+	}
+	return nil
 }
 
 // inherit copies to implied directories what an index would have said of them.

@@ -56,7 +56,7 @@ func whiteouts() []Case {
 		{"opaque-new", layers(tree(), []Member{dir("fresh", 0o755), file("fresh/.wh..wh..opq", ""), file("fresh/f", "f")})},
 		{"opaque-over-file", layers(tree(), []Member{dir("file", 0o755), file("file/.wh..wh..opq", ""), file("file/f", "f")})},
 		{"opaque-replaced", layers(tree(), []Member{dir("d", 0o755), file("d/.wh..wh..opq", ""), file("d", "a file"), dir("d", 0o755), file("d/z", "z")})},
-		{"lowest", layers([]Member{file(".wh.gone", ""), file("m/.wh.gone", ""), dir("o", 0o755), file("o/.wh..wh..opq", ""), file("o/f", "f"), file(".wh.back", ""), file("back", "b")}, []Member{file("m/f", "f")})},
+		{"lowest", layers([]Member{file(".wh.gone", ""), file("m/.wh.gone", ""), dir("time", 0o755), file("time/.wh.gone", ""), dir("o", 0o755), file("o/.wh..wh..opq", ""), file("o/f", "f"), file(".wh.back", ""), file("back", "b")}, []Member{file("m/f", "f")})},
 		{"five-layers", layers(
 			[]Member{dir("x", 0o755), file("x/1", "1"), dir("x/s", 0o700), file("x/s/1", "1")},
 			[]Member{file("x", "a file")},
