@@ -125,12 +125,19 @@ func TestZeros(t *testing.T) {
 	if err := n.AddRegistry("http", r.Host()); err != nil {
 		t.Fatal(err)
 	}
-	im, ref := push(t, r, r.Host(), "zeros", harness.ImageSpec{Layers: []harness.LayerSpec{
+	im, err := harness.BuildCached(t.Context(), "zeros-v1", harness.ImageSpec{Layers: []harness.LayerSpec{
 		{Tar: zeroFile, Compression: harness.Zstd},
 		{Tar: verbatim(corpus.SparseZeros("sparse", zerosSize))},
 	}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	ref, err := im.Push(t.Context(), r.Host(), "zeros", "test")
+	if err != nil {
+		t.Fatal(err)
+	}
 	mustPull(t, n, "default", ref)
-	err := n.WithRootfs(t.Context(), "default", im.DiffIDs, func(root string) error {
+	err = n.WithRootfs(t.Context(), "default", im.DiffIDs, func(root string) error {
 		for _, name := range []string{"zeros", "sparse"} {
 			if err := endsOfZeros(filepath.Join(root, name)); err != nil {
 				return fmt.Errorf("%s: %w", name, err)

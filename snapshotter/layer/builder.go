@@ -54,6 +54,7 @@ type builder struct {
 	above  error
 	lowest bool // the same
 	whited bool // there is or was a whiteout
+	linked bool // there is a hard link to a whiteout, which a lowest layer cannot have
 
 	fresh *erofs.Inode // the regular file that the last member made, if it did
 
@@ -94,7 +95,7 @@ func (b *builder) apply(hdr *tar.Header, extents []erofs.Extent) error {
 		return fmt.Errorf("more than %d members", b.most)
 	}
 	err := b.enter(hdr, extents)
-	if err == nil || b.lowest || !b.whited {
+	if err == nil || b.lowest || b.linked || !b.whited {
 		return err
 	}
 	b.lowest, b.above = true, fmt.Errorf("tar member %.300q: %w: %w", strings.Clone(hdr.Name), err, errdefs.ErrInvalidArgument)
@@ -105,13 +106,16 @@ func (b *builder) apply(hdr *tar.Header, extents []erofs.Extent) error {
 	return nil
 }
 
+// isMark knows a whiteout that was made of a name from a device that the tar names, which has a mode.
+func isMark(n *erofs.Inode) bool { return isWhiteout(n) && n.Mode == unix.S_IFCHR }
+
 // dropWhiteouts takes the marks out of the tree.
 func (b *builder) dropWhiteouts(dir *erofs.Inode) {
 	for i := len(dir.Children) - 1; i >= 0; i-- {
 		switch d := dir.Children[i]; {
 		case isDir(d.Inode):
 			b.dropWhiteouts(d.Inode)
-		case isWhiteout(d.Inode):
+		case isMark(d.Inode):
 			b.remove(dir, d.Name)
 		}
 	}
@@ -260,6 +264,7 @@ func (b *builder) linkTarget(name string) (*erofs.Inode, error) {
 		return nil, fmt.Errorf("hard link to %.300q: %w", name, err)
 	}
 	n.Shared = true
+	b.linked = b.linked || isMark(n)
 	return n, nil
 }
 

@@ -58,14 +58,22 @@ func TestOnlyLowestEqualsContainerd(t *testing.T) {
 	}
 }
 
-// TestOnlyLowestRefuses what containerd refuses even there: a directory's time is set at the end, when it is gone.
+// TestOnlyLowestRefuses what containerd refuses even there.
 func TestOnlyLowestRefuses(t *testing.T) {
 	t.Parallel()
-	tar := makeTar(dir("a"), file(".wh.a", ""))
-	if _, err := archive.Apply(t.Context(), upperDir(t), bytes.NewReader(tar)); err == nil {
-		t.Error("containerd takes it")
-	}
-	if _, err := Scan(t.Context(), bytes.NewReader(tar)); err == nil {
-		t.Error("gantry takes it")
+	for name, tar := range map[string][]byte{
+		"a directory's time is set at the end": makeTar(dir("a"), file(".wh.a", "")),
+		"there is no whiteout to link to":      makeTar(file(".wh.a", ""), hardlink("b", "a"), file("a/x", "")),
+		"a device is no whiteout":              makeTar(file("z", ""), file(".wh.z", ""), member{typ: '3', name: "c", mode: 0o600}, file("c/x", "")),
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			if _, err := archive.Apply(t.Context(), upperDir(t), bytes.NewReader(tar)); err == nil {
+				t.Error("containerd takes it")
+			}
+			if _, err := Scan(t.Context(), bytes.NewReader(tar)); err == nil {
+				t.Error("gantry takes it")
+			}
+		})
 	}
 }
