@@ -15,8 +15,8 @@ func Random(seed uint64) [][]byte {
 		members := make([]Member, g.IntN(9))
 		for j := range members {
 			members[j] = g.member()
-			if i == 0 && strings.HasSuffix(members[j].Name, ".wh..wh..opq") {
-				members[j].Name += ".not" // see the image "opaque in the lowest layer"
+			if i == 0 {
+				members[j] = lowest(members[j])
 			}
 		}
 		tars[i] = Open(members...)
@@ -25,6 +25,18 @@ func Random(seed uint64) [][]byte {
 		}
 	}
 	return tars
+}
+
+// lowest takes out of a member what differs on purpose in a lowest layer: see the images "opaque in the lowest layer" and
+// "device 0/0 in a single layer".
+func lowest(m Member) Member {
+	if strings.HasSuffix(m.Name, ".wh..wh..opq") {
+		m.Name += ".not"
+	}
+	if m.Type == '3' && m.Major == 0 {
+		m.Minor++
+	}
+	return m
 }
 
 type generator struct{ *rand.Rand }
