@@ -1,9 +1,11 @@
 package integration
 
 import (
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 
 	"github.com/gantryd/gantry/integration/harness"
@@ -11,6 +13,7 @@ import (
 
 // TestBuildKit builds an image on top of one in the registry, with buildkitd's containerd worker on gantry's snapshots, and
 // pulls what was pushed: gantry shows what overlayfs shows, and it runs. A second build, of another step, starts from the cache.
+// What was built leaves nothing when it goes.
 func TestBuildKit(t *testing.T) {
 	n, r, p := setup(t, harness.Options{})
 	theirs := newNode(t, harness.Options{Snapshotter: harness.Overlayfs})
@@ -47,12 +50,14 @@ RUN --security=insecure ["/helper", "rm", "/noise/003"]
 RUN --security=insecure ["/helper", "fill", "/filled", "100000"]
 CMD ["/helper", "cat", "/etc/link", "/copied/one", "/copied/tree/two"]
 `
+	var refs []string
 	for i, last := range []string{"", "RUN --security=insecure [\"/helper\", \"write\", \"/last\", \"another\"]\n"} {
 		if err := os.WriteFile(filepath.Join(folder, "Dockerfile"), []byte(dockerfile+last), 0o600); err != nil {
 			t.Fatal(err)
 		}
 		p.Forget()
 		ref := fmt.Sprintf("%s/built%d:test", r.Host(), i)
+		refs = append(refs, ref)
 		if err := b.Build(t.Context(), folder, ref); err != nil {
 			t.Fatal(err)
 		}
@@ -74,4 +79,25 @@ CMD ["/helper", "cat", "/etc/link", "/copied/one", "/copied/tree/two"]
 		}
 		mustRun(t, n, "elsewhere", ref, "builtcopieddeeper", "/helper", "cat", "/etc/link", "/copied/one", "/copied/tree/two")
 	}
+	if err := b.Prune(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	for _, namespace := range []string{"buildkit", "elsewhere"} {
+		for _, ref := range refs {
+			if err := n.RemoveImage(t.Context(), namespace, ref); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	eventually(t, "buildkit's snapshots to go", func() error {
+		out, err := n.Ctr(t.Context(), "buildkit", "snapshot", "--snapshotter", n.Snapshotter, "ls")
+		if err == nil && strings.Count(out, "\n") > 1 {
+			err = errors.New(out)
+		}
+		return err
+	})
+	if err := n.CollectGarbage(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	checkEmpty(t, n)
 }

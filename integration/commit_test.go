@@ -301,3 +301,71 @@ func TestCommitSnapshot(t *testing.T) {
 		}
 	}
 }
+
+// TestCommitRunning commits a container while it runs and writes, as `nerdctl commit` does, to each compression. Nothing of
+// that disturbs the container.
+func TestCommitRunning(t *testing.T) {
+	n, r, p := setup(t, harness.Options{})
+	_, ref := push(t, r, p.Host(), "running", small(82, 1<<20))
+	ctx, client := clientOf(t, n, "default")
+	clientPull(ctx, t, client, ref, containerd.WithPullUnpack)
+	if err := n.RunDetached(t.Context(), "default", ref, "running", "/helper", "sleep", "600"); err != nil {
+		t.Fatal(err)
+	}
+	ctx, done, err := client.WithLease(ctx)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() {
+		if err := done(context.WithoutCancel(ctx)); err != nil {
+			t.Error(err)
+		}
+	}()
+	for i, mediaType := range []string{ocispec.MediaTypeImageLayerGzip, ocispec.MediaTypeImageLayerZstd, ocispec.MediaTypeImageLayer} {
+		file := fmt.Sprint("/tmp/", i)
+		if _, err := n.Exec(t.Context(), "default", "running", "/helper", "write", file, "while it runs"); err != nil {
+			t.Fatal(err)
+		}
+		s := client.SnapshotService(n.Snapshotter)
+		layer, err := rootfs.CreateDiff(ctx, "running", s, client.DiffService(), diff.WithMediaType(mediaType))
+		if err != nil || layer.MediaType != mediaType {
+			t.Fatalf("%s: %+v, %v", mediaType, layer, err)
+		}
+		im, err := client.GetImage(ctx, ref)
+		if err != nil {
+			t.Fatal(err)
+		}
+		key := fmt.Sprint("applied", i)
+		mounts, err := s.Prepare(ctx, key, chainOf(ctx, t, im))
+		if err != nil {
+			t.Fatal(err)
+		}
+		applied, err := client.DiffService().Apply(ctx, layer, mounts)
+		if err != nil {
+			t.Fatal(err)
+		}
+		info, err := client.ContentStore().Info(ctx, layer.Digest)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if want := info.Labels["containerd.io/uncompressed"]; mediaType != ocispec.MediaTypeImageLayer && applied.Digest.String() != want {
+			t.Errorf("%s: its DiffID is %s, Apply says %s", mediaType, want, applied.Digest)
+		}
+		if err := s.Commit(ctx, key+"-committed", key); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := s.View(ctx, key+"-view", key+"-committed"); err != nil {
+			t.Fatal(err)
+		}
+		inRootfs(ctx, t, n, client, key+"-view", func(root string) error {
+			got, err := os.ReadFile(filepath.Join(root, file))
+			if string(got) != "while it runs" {
+				t.Errorf("%s: the file says %q", mediaType, got)
+			}
+			return err
+		})
+	}
+	if out, err := n.Exec(t.Context(), "default", "running", "/helper", "cat", "/etc/link", "/tmp/0"); err != nil || out != "82while it runs" {
+		t.Errorf("the container says %q, %v", out, err)
+	}
+}

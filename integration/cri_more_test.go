@@ -1,9 +1,11 @@
 package integration
 
 import (
+	"fmt"
 	"path/filepath"
 	"testing"
 
+	"golang.org/x/sync/errgroup"
 	cri "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/gantryd/gantry/integration/harness"
@@ -137,4 +139,47 @@ snapshotter = 'overlayfs'
 		}
 		n.removePod(t, pod.PodSandboxId)
 	}
+}
+
+// TestCRIParallel has a kubelet without serializeImagePulls: sixteen pulls of four images at once; each image is fetched once.
+func TestCRIParallel(t *testing.T) {
+	n := newCRI(t, "", harness.Options{})
+	var refs []string
+	var all []*harness.Image
+	for i := range 4 {
+		im, ref := push(t, n.registry, n.proxy.Host(), fmt.Sprint("parallel", i), small(uint64(130+i), 4<<20))
+		refs, all = append(refs, ref), append(all, im)
+	}
+	var g errgroup.Group
+	for i := range 16 {
+		g.Go(func() error {
+			_, err := n.PullImage(t.Context(), &cri.PullImageRequest{Image: &cri.ImageSpec{Image: refs[i%4]}})
+			return err
+		})
+	}
+	if err := g.Wait(); err != nil {
+		t.Fatal(err)
+	}
+	if n.Snapshotter == harness.Gantry {
+		for _, im := range all {
+			im.Layers = im.Layers[1:] // all images share the first
+			checkBlobBytes(t, n.proxy, im, 1)
+		}
+	}
+	var pods []string
+	for i, ref := range refs {
+		pod, config := n.pod(t, fmt.Sprint("pod", i))
+		c := n.container(t, pod, config, "one", ref)
+		if got, want := n.exec(t, c, "/helper", "cat", "/etc/link"), fmt.Sprint(130+i); got != want {
+			t.Errorf("exec printed %q, want %s", got, want)
+		}
+		pods = append(pods, pod)
+	}
+	for i, pod := range pods {
+		n.removePod(t, pod)
+		if _, err := n.CRI.RemoveImage(t.Context(), &cri.RemoveImageRequest{Image: &cri.ImageSpec{Image: refs[i]}}); err != nil {
+			t.Error(err)
+		}
+	}
+	checkCRIFreed(t, n, all[0])
 }

@@ -168,3 +168,23 @@ func inRootfsOf(t *testing.T, n *harness.Node, key string, fn func(root string) 
 	ctx, client := clientOf(t, n, "default")
 	inRootfs(ctx, t, n, client, key, fn)
 }
+
+// TestCtrDiscarded reads, converts and removes an image whose compressed layers are not kept.
+func TestCtrDiscarded(t *testing.T) {
+	needGantry(t)
+	n, r, p := setup(t, harness.Options{GantryExtra: discarding})
+	im, ref := push(t, r, p.Host(), "discarded", small(103, 2<<20))
+	mustPull(t, n, "default", ref)
+	wantDiscarded(t, n, im)
+	for _, l := range im.Layers {
+		want, err := os.ReadFile(filepath.Join(im.Dir(), l.Digest.Encoded()))
+		if got := ctrDo(t, n, "content", "get", l.Digest.String()); err != nil || got != string(want) {
+			t.Errorf("content get: %d bytes (%v), want %d", len(got), err, len(want))
+		}
+	}
+	ctrDo(t, n, "image", "convert", "--oci", "--uncompress", ref, "example.com/converted:1")
+	mustRun(t, n, "default", "example.com/converted:1", "103", "/helper", "cat", "/etc/link")
+	mustPull(t, n, "default", ref, "--snapshotter", harness.Overlayfs) // which needs the compressed layers
+	ctrDo(t, n, "image", "rm", "--sync", "example.com/converted:1", ref)
+	checkEmpty(t, n)
+}

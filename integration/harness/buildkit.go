@@ -2,6 +2,7 @@ package harness
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"os"
 	"os/exec"
@@ -65,6 +66,11 @@ func (b *BuildKit) Build(ctx context.Context, folder, ref string, args ...string
 	return b.ctl(ctx, append([]string{"build", "--progress", "plain", "--allow", "security.insecure", "--frontend", "dockerfile.v0",
 		"--local", "context=" + folder, "--local", "dockerfile=" + folder,
 		"--output", fmt.Sprintf("type=image,name=%s,push=true", ref)}, args...)...)
+}
+
+// Prune drops the cache, and the records of builds, which hold blobs too.
+func (b *BuildKit) Prune(ctx context.Context) error {
+	return errors.Join(b.ctl(ctx, "prune-histories"), b.ctl(ctx, "prune", "--all"))
 }
 
 func (b *BuildKit) ctl(ctx context.Context, args ...string) error {
