@@ -37,6 +37,9 @@ func (b *bench) collect(ctx context.Context) (err error) {
 		refs[i] = registry.AddImage(im, fmt.Sprint("gc", i), "bench")
 	}
 	for _, k := range []kind{gantry, overlayfs} {
+		if len(b.kinds) > 0 && !slices.Contains(b.kinds, k.name) {
+			continue
+		}
 		if err := b.collectOn(ctx, k, registry.Host(), refs); err != nil {
 			return err
 		}

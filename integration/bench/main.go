@@ -46,7 +46,7 @@ func main() {
 	rounds := flag.Int("rounds", 5, "pulls of each kind")
 	only := flag.String("only", "pull,wide,large,stored,small,tail,deflate,stages,memory,gc", "what to measure, separated by commas")
 	own := flag.Bool("own-disk", false, "pull to the machine's own disk, not to a new file system for each pull")
-	kinds := flag.String("kinds", "", "who takes part in large, stored and small, separated by commas; empty: everybody")
+	kinds := flag.String("kinds", "", "who takes part in large, stored, small and gc, separated by commas; empty: everybody")
 	total := flag.Int64("gb", 10, "how many GB the memory scenario pulls in all")
 	flag.Parse()
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)

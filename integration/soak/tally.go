@@ -83,6 +83,6 @@ func (t *tally) print() {
 		fmt.Printf("%-22s %6d %12s %8d %12s\n", what, s.n, s.worst.Round(time.Millisecond), s.failed, s.worstFailed.Round(time.Millisecond))
 	}
 	for _, message := range slices.Sorted(maps.Keys(t.faults)) {
-		fmt.Printf("excused by a kill, %d times: %s\n", t.faults[message], message)
+		fmt.Printf("tried again, %d times: %s\n", t.faults[message], message)
 	}
 }
