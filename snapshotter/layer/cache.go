@@ -12,7 +12,7 @@
 //
 // On disk, below the root of a Cache:
 //
-//	sha256/<hex of the DiffID>       layer files; more than one link: in use
+//	sha256/<hex of the DiffID>       layer files; more than one link: in use; mode 0400: was in use
 //	blobs/<algorithm>/<hex>          of a compressed blob: symlink to its layer file
 //	tmp/                             files being written; removed by Open
 //
