@@ -57,6 +57,7 @@ func (r *reporter) Get(context.Context) (*status.Report, error) {
 		Mount:     status.Mount{Mode: string(mount.Mode), Reason: mount.Reason, IDMapped: mount.IDMapped, NotIDMapped: mount.NotIDMapped},
 		Process:   processReport(),
 		Calls:     r.calls.report(),
+		Upper:     status.Upper{Kind: string(mount.Upper), Size: mount.UpperSize, Files: mount.UpperFiles},
 		Transfers: []status.Transfer{}, Unpacks: r.puller.Unpacks(), Recent: r.puller.Recent(),
 	}
 	for _, t := range r.transfers.list() {

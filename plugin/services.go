@@ -175,7 +175,10 @@ func initSnapshotter(ic *cplugin.InitContext) (any, error) {
 		return nil, err
 	}
 	c := configOf(ic)
-	return snapshotter.New(ic.Context, c.Root, layers, snapshotter.Options{Mount: snapshotter.Mode(c.Snapshotter.Mount), Observer: puller, Spent: spent})
+	return snapshotter.New(ic.Context, c.Root, layers, snapshotter.Options{
+		Mount: snapshotter.Mode(c.Snapshotter.Mount), Observer: puller, Spent: spent,
+		Upper: snapshotter.Upper(c.Snapshotter.Upper), UpperSize: c.Snapshotter.UpperSize,
+	})
 }
 
 func initDiffer(ic *cplugin.InitContext) (any, error) {

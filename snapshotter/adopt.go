@@ -107,7 +107,7 @@ func (s *Snapshotter) ownID(mounts []mount.Mount) (string, bool) {
 		}
 		upper = strings.TrimPrefix(uppers[0], "upperdir=")
 	}
-	id := filepath.Base(filepath.Dir(upper))
+	id := strings.TrimSuffix(filepath.Base(filepath.Dir(upper)), upperMountSuffix)
 	return id, isID(id) && upper == s.upper(id)
 }
 
@@ -141,6 +141,11 @@ func (s *Snapshotter) mayAdopt(ctx context.Context, snap storage.Snapshot) error
 	if !exists(s.dir(snap.ID)) {
 		return errdefs.ErrNotFound // removed meanwhile
 	}
+	if s.hasUpperFile(snap.ID) {
+		if err := s.remountUpper(ctx, snap.ID); err != nil {
+			return err
+		}
+	}
 	if s.isTar(snap.ID) {
 		if err := s.extractAdopted(ctx, snap); err != nil {
 			return err
@@ -155,7 +160,7 @@ func (s *Snapshotter) mayAdopt(ctx context.Context, snap storage.Snapshot) error
 		return fmt.Errorf("the upper directory is not empty: %w", errdefs.ErrFailedPrecondition)
 	}
 	// What an image's annotations say of user namespaces is nothing to its layers.
-	return s.chownUpper(snap.ID, snap.ParentIDs, nil)
+	return s.chownUpper(ctx, snap.ID, snap.ParentIDs, nil)
 }
 
 // adoptTar links the layer and, as far as it can be known now, writes its index

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"strings"
 
 	"github.com/containerd/containerd/v2/core/snapshots"
 	"github.com/containerd/containerd/v2/core/snapshots/storage"
@@ -63,7 +64,11 @@ func (l layout) unknown(known func(string) bool) ([]string, error) {
 			return nil, err
 		}
 		for _, e := range entries {
-			if name := e.Name(); !known(name) && !seen[name] {
+			name := e.Name()
+			if dir == l.mountsDir() {
+				name = strings.TrimSuffix(name, upperMountSuffix)
+			}
+			if !known(name) && !seen[name] {
 				seen[name] = true
 				names = append(names, name)
 			}
@@ -83,13 +88,15 @@ func (s *Snapshotter) discard(ctx context.Context, name string) error {
 	if err := s.unmount(name); err != nil {
 		return err
 	}
+	if err := s.dropUpperFile(ctx, name); err != nil {
+		return err
+	}
 	return os.RemoveAll(s.dir(name))
 }
 
 // node is what the database says of one snapshot.
 type node struct {
-	kind    snapshots.Kind
-	labels  map[string]string
+	snapshots.Info
 	parents []string // ids, nearest first
 }
 
@@ -114,7 +121,7 @@ func (s *Snapshotter) loadTree(ctx context.Context) (map[string]node, error) {
 			if err != nil {
 				return err
 			}
-			tree[id] = node{kind: i.Kind, labels: i.Labels, parents: parents}
+			tree[id] = node{Info: i, parents: parents}
 		}
 		return nil
 	})
@@ -135,7 +142,7 @@ func (s *Snapshotter) recover(ctx context.Context, tree map[string]node) error {
 		}
 	}
 	for id, n := range tree {
-		if err := s.repair(id, n); err != nil {
+		if err := s.repair(ctx, id, n); err != nil {
 			return fmt.Errorf("snapshot %s: %w", id, err)
 		}
 	}
@@ -143,26 +150,36 @@ func (s *Snapshotter) recover(ctx context.Context, tree map[string]node) error {
 }
 
 // repair looks at one snapshot of the database.
-func (s *Snapshotter) repair(id string, n node) error {
-	if n.kind == snapshots.KindView {
+func (s *Snapshotter) repair(ctx context.Context, id string, n node) error {
+	if n.Kind == snapshots.KindView {
 		return nil
 	}
 	if !exists(s.dir(id)) {
 		// Lost with the power: an empty active snapshot can be made again.
-		if n.kind != snapshots.KindActive {
+		if n.Kind != snapshots.KindActive {
 			return nil // first use says so
 		}
-		ids, err := s.mapping(n.labels, n.parents)
+		ids, err := s.mapping(ctx, n.Labels, n.parents)
 		if err != nil {
 			log.L.WithError(err).WithField("snapshot", id).Warn("snapshotter: user namespace") // as Mounts says
 		}
-		return s.makeFolders(storage.Snapshot{ID: id, Kind: n.kind, ParentIDs: n.parents}, ids)
+		return s.makeFolders(ctx, storage.Snapshot{ID: id, Kind: n.Kind, ParentIDs: n.parents}, form{ids, s.fileSize(ctx, n.Info)})
 	}
 	if err := s.removeTemporary(id); err != nil {
 		return err
 	}
 	if exists(s.extracting(id)) {
-		if err := s.rollBack(id, n.kind); err != nil {
+		if s.hasUpperFile(id) {
+			if err := s.remountUpper(ctx, id); err != nil {
+				return err
+			}
+		}
+		if err := s.rollBack(id, n.Kind); err != nil {
+			return err
+		}
+	}
+	if !s.hasUpperFile(id) {
+		if err := s.dropUpperFile(ctx, id); err != nil { // its mount point
 			return err
 		}
 	}
@@ -195,7 +212,7 @@ func (s *Snapshotter) rollBack(id string, kind snapshots.Kind) error {
 func (s *Snapshotter) resume(ctx context.Context, tree map[string]node) {
 	started := 0
 	for id, n := range tree {
-		if n.kind == snapshots.KindCommitted && !s.isReady(id) {
+		if n.Kind == snapshots.KindCommitted && !s.isReady(id) {
 			s.schedule(id, n.parents)
 			started++
 		}

@@ -37,6 +37,12 @@ func (s *Snapshotter) View(ctx context.Context, key, parent string, opts ...snap
 	return mounts, err
 }
 
+// form is what an active snapshot's upper is to be, if it has to be made.
+type form struct {
+	ids      *idMap
+	fileSize int64 // bytes of an upper file; 0: a directory on the disk
+}
+
 func (s *Snapshotter) create(ctx context.Context, kind snapshots.Kind, key, parent string, opts []snapshots.Opt) ([]mount.Mount, map[string]string, error) {
 	var base snapshots.Info
 	for _, o := range opts {
@@ -44,22 +50,23 @@ func (s *Snapshotter) create(ctx context.Context, kind snapshots.Kind, key, pare
 			return nil, nil, err
 		}
 	}
+	base.Name, base.Kind = key, kind
+	f := form{fileSize: s.fileSize(ctx, base)}
 	var snap storage.Snapshot
-	var ids *idMap
 	err := s.update(ctx, func(ctx context.Context) (err error) {
 		snap, err = storage.CreateSnapshot(ctx, kind, key, parent, opts...)
 		if err != nil {
 			return fmt.Errorf("create snapshot %s: %w", key, err)
 		}
-		if ids, err = s.mapping(base.Labels, snap.ParentIDs); err != nil {
+		if f.ids, err = s.mapping(ctx, base.Labels, snap.ParentIDs); err != nil {
 			return fmt.Errorf("snapshot %s: %w", key, err)
 		}
-		return s.makeFolders(snap, ids)
+		return s.makeFolders(ctx, snap, f)
 	})
 	if err != nil {
 		return nil, nil, err
 	}
-	mounts, err := s.present(ctx, snap, ids)
+	mounts, err := s.present(ctx, snap, f)
 	if err != nil {
 		return nil, nil, errors.Join(fmt.Errorf("snapshot %s: %w", key, err), s.abandon(context.WithoutCancel(ctx), key, snap.ID))
 	}
@@ -68,8 +75,9 @@ func (s *Snapshotter) create(ctx context.Context, kind snapshots.Kind, key, pare
 
 // makeFolders runs inside the transaction that gave the snapshot its id, so no
 // Cleanup sees the folder without the record, and an id that a rolled back
-// transaction hands out again finds no folder of its own.
-func (s *Snapshotter) makeFolders(snap storage.Snapshot, ids *idMap) (err error) {
+// transaction hands out again finds no folder of its own. An upper file is not
+// made here: the database waits.
+func (s *Snapshotter) makeFolders(ctx context.Context, snap storage.Snapshot, f form) (err error) {
 	if snap.Kind == snapshots.KindView && len(snap.ParentIDs) > 0 {
 		return nil
 	}
@@ -89,10 +97,13 @@ func (s *Snapshotter) makeFolders(snap storage.Snapshot, ids *idMap) (err error)
 			err = errors.Join(err, os.RemoveAll(dir))
 		}
 	}()
+	if f.fileSize > 0 {
+		return nil
+	}
 	if err := s.makeUpper(snap.ID); err != nil {
 		return err
 	}
-	if err := s.chownUpper(snap.ID, snap.ParentIDs, ids); err != nil {
+	if err := s.chownUpper(ctx, snap.ID, snap.ParentIDs, f.ids); err != nil {
 		return err
 	}
 	if snap.Kind == snapshots.KindActive {
@@ -114,13 +125,13 @@ func (s *Snapshotter) makeUpper(id string) error {
 // a tar layer's root belongs to 0:0, a directory layer's owner is inherited, and
 // in a user namespace its root is the owner. It is noted if the owners of
 // what is written are not those of the layers below.
-func (s *Snapshotter) chownUpper(id string, parents []string, ids *idMap) (err error) {
+func (s *Snapshotter) chownUpper(ctx context.Context, id string, parents []string, ids *idMap) (err error) {
 	var uid, gid int
 	switch {
 	case ids != nil:
 		uid, gid = ids.rootUID, ids.rootGID
 	case len(parents) > 0 && !s.isTar(parents[0]):
-		if uid, gid, err = owner(s.upper(parents[0])); err != nil {
+		if uid, gid, err = s.layerOwner(ctx, parents[0]); err != nil {
 			return fmt.Errorf("parent: %w", err)
 		}
 	}
@@ -158,33 +169,40 @@ func (s *Snapshotter) Mounts(ctx context.Context, key string) ([]mount.Mount, er
 	if err != nil {
 		return nil, fmt.Errorf("mounts of snapshot %s: %w", key, err)
 	}
+	f := form{fileSize: s.fileSize(ctx, info)}
+	if f.ids, err = s.mapping(ctx, info.Labels, snap.ParentIDs); err != nil {
+		return nil, fmt.Errorf("mounts of snapshot %s: %w", key, err)
+	}
 	if snap.Kind == snapshots.KindActive && s.isTar(snap.ID) {
+		if err := s.openUpper(ctx, snap, f); err != nil {
+			return nil, fmt.Errorf("mounts of snapshot %s: %w", key, err)
+		}
 		if err := s.materialise(ctx, snap); err != nil {
 			return nil, fmt.Errorf("extract the layer of snapshot %s: %w", key, err)
 		}
 	}
-	ids, err := s.mapping(info.Labels, snap.ParentIDs)
-	if err != nil {
-		return nil, fmt.Errorf("mounts of snapshot %s: %w", key, err)
-	}
-	mounts, err := s.present(ctx, snap, ids)
+	mounts, err := s.present(ctx, snap, f)
 	if err != nil {
 		return nil, fmt.Errorf("mounts of snapshot %s: %w", key, err)
 	}
 	return mounts, nil
 }
 
-// present makes sure that all lowers are visible and returns the mounts.
-func (s *Snapshotter) present(ctx context.Context, snap storage.Snapshot, ids *idMap) ([]mount.Mount, error) {
+// present makes sure that all lowers and the upper are visible and returns the
+// mounts. A missing upper is made, as f says.
+func (s *Snapshotter) present(ctx context.Context, snap storage.Snapshot, f form) ([]mount.Mount, error) {
 	began := time.Now()
 	err := s.ready(ctx, snap.ParentIDs)
 	s.spent(ctx, Mounting, time.Since(began))
 	if err != nil {
 		return nil, err
 	}
+	if err := s.openUpper(ctx, snap, f); err != nil {
+		return nil, err
+	}
 	return view{
 		kind: snap.Kind, upper: s.upper(snap.ID), work: s.workdir(snap.ID),
-		lowers: s.lowers(snap.ParentIDs), options: s.overlay, ids: ids, empty: s.empty(),
+		lowers: s.lowers(snap.ParentIDs), options: s.overlay, ids: f.ids, empty: s.empty(),
 	}.mounts(), nil
 }
 
@@ -213,7 +231,7 @@ func (s *Snapshotter) Commit(ctx context.Context, name, key string, opts ...snap
 			return fmt.Errorf("a layer is still being applied to it: %w", errdefs.ErrUnavailable)
 		}
 		defer unlock()
-		usage, err := s.commitUsage(id)
+		usage, err := s.commitUsage(ctx, id)
 		if err != nil {
 			return err
 		}
@@ -235,8 +253,12 @@ func (s *Snapshotter) Commit(ctx context.Context, name, key string, opts ...snap
 	if tar {
 		return nil
 	}
-	if err := s.work.submit(func(ctx context.Context) { s.measure(ctx, id) }); err != nil {
-		log.G(ctx).WithError(err).WithField("snapshot", id).Debug("snapshotter: usage is computed when asked for")
+	finish := s.measure
+	if s.hasUpperFile(id) {
+		finish = s.syncUpper
+	}
+	if err := s.work.submit(func(ctx context.Context) { finish(ctx, id) }); err != nil {
+		log.G(ctx).WithError(err).WithField("snapshot", id).Debug("snapshotter: a committed directory is not measured, or not synced, now")
 	}
 	return nil
 }

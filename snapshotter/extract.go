@@ -78,6 +78,9 @@ func (s *Snapshotter) extractAdopted(ctx context.Context, snap storage.Snapshot)
 // extractCommitted makes a directory layer of a committed tar layer, on a host
 // that cannot mount it (any more).
 func (s *Snapshotter) extractCommitted(ctx context.Context, id string, parents []string) error {
+	if err := s.dropUpperFile(ctx, id); err != nil { // empty, or Commit had refused
+		return err
+	}
 	if err := s.extract(ctx, id, s.layer(id), s.lowers(parents), len(parents) > 0); err != nil {
 		return err
 	}

@@ -96,7 +96,7 @@ func rootOf(list string) (int, error) {
 // nil means as the host sees it. Where a client was not told of remap-ids it
 // makes a copy of the image with changed owners and asks for a snapshot on top
 // of that, with the same labels: such a copy is not mapped twice.
-func (s *Snapshotter) mapping(labels map[string]string, parents []string) (*idMap, error) {
+func (s *Snapshotter) mapping(ctx context.Context, labels map[string]string, parents []string) (*idMap, error) {
 	m, err := parseIDMap(labels)
 	if m == nil || err != nil || len(parents) == 0 {
 		return m, err
@@ -106,7 +106,7 @@ func (s *Snapshotter) mapping(labels map[string]string, parents []string) (*idMa
 			return nil, fmt.Errorf("layer %d of %d was written in a user namespace, so its owners are not those of the layers below; make an image of it first: %w", len(parents)-i, len(parents), errdefs.ErrFailedPrecondition)
 		}
 	}
-	copied, err := s.ownedBy(parents[0], m)
+	copied, err := s.ownedBy(ctx, parents[0], m)
 	if err != nil {
 		return nil, fmt.Errorf("parent: %w", err)
 	}
@@ -118,12 +118,20 @@ func (s *Snapshotter) mapping(labels map[string]string, parents []string) (*idMa
 
 // ownedBy says whether a directory layer belongs to the root of a namespace,
 // which is not the host's.
-func (l layout) ownedBy(id string, m *idMap) (bool, error) {
-	if l.isTar(id) || (m.rootUID == 0 && m.rootGID == 0) {
+func (s *Snapshotter) ownedBy(ctx context.Context, id string, m *idMap) (bool, error) {
+	if s.isTar(id) || (m.rootUID == 0 && m.rootGID == 0) {
 		return false, nil
 	}
-	uid, gid, err := owner(l.upper(id))
+	uid, gid, err := s.layerOwner(ctx, id)
 	return uid == m.rootUID && gid == m.rootGID && err == nil, err
+}
+
+// layerOwner is whose the root of a committed directory layer is.
+func (s *Snapshotter) layerOwner(ctx context.Context, id string) (uid, gid int, err error) {
+	if err := s.openCommitted(ctx, id); err != nil {
+		return 0, 0, err
+	}
+	return owner(s.upper(id))
 }
 
 func owner(name string) (uid, gid int, err error) {

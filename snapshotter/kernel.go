@@ -6,10 +6,14 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
+	"path/filepath"
+	"strings"
 	"time"
 
 	"github.com/containerd/errdefs"
 	"golang.org/x/sys/unix"
+
+	"github.com/gantryd/gantry/snapshotter/erofs"
 )
 
 // mountLayer mounts a tar layer whose index is in order. The caller holds the
@@ -44,13 +48,13 @@ func (l layout) checkLayer(id string) (adopted, error) {
 // mountTar mounts index with layer as its device.
 func mountTar(ctx context.Context, mode Mode, index, layer, target string) error {
 	if mode == ModeLoop {
-		i, err := attachLoop(ctx, index)
+		i, err := attachLoop(ctx, index, layerLoop)
 		if err != nil {
 			return err
 		}
 		// The mount keeps the devices; without it they go with these handles.
 		defer i.Close()
-		l, err := attachLoop(ctx, layer)
+		l, err := attachLoop(ctx, layer, layerLoop)
 		if err != nil {
 			return err
 		}
@@ -94,11 +98,22 @@ const (
 	loopPause    = 5 * time.Millisecond
 )
 
-// attachLoop makes a read-only loop device with 512-byte blocks. The kernel
-// detaches it when the last user, handle or mount, is gone: nothing can leak,
-// not even when the process is killed in between.
-func attachLoop(ctx context.Context, file string) (*os.File, error) {
-	backing, err := os.Open(file)
+// loopKind is what a loop device is for.
+type loopKind struct {
+	access    int // os.O_RDONLY or os.O_RDWR
+	blockSize uint32
+}
+
+var (
+	layerLoop = loopKind{access: os.O_RDONLY, blockSize: erofs.BlockSize}
+	upperLoop = loopKind{access: os.O_RDWR, blockSize: ext4Block}
+)
+
+// attachLoop makes a loop device of a file. The kernel detaches it when the
+// last user, handle or mount, is gone: nothing can leak, not even when the
+// process is killed in between.
+func attachLoop(ctx context.Context, file string, kind loopKind) (*os.File, error) {
+	backing, err := os.OpenFile(file, kind.access, 0)
 	if err != nil {
 		return nil, err
 	}
@@ -109,7 +124,7 @@ func attachLoop(ctx context.Context, file string) (*os.File, error) {
 	}
 	defer control.Close()
 	for range loopAttempts {
-		dev, err := tryLoop(control, backing)
+		dev, err := tryLoop(control, backing, kind)
 		if err == nil {
 			return dev, nil
 		}
@@ -126,20 +141,39 @@ func attachLoop(ctx context.Context, file string) (*os.File, error) {
 	return nil, fmt.Errorf("loop device for %s: none stays free: %w", file, errdefs.ErrUnavailable)
 }
 
-func tryLoop(control, backing *os.File) (*os.File, error) {
+func tryLoop(control, backing *os.File, kind loopKind) (*os.File, error) {
 	n, err := unix.IoctlRetInt(int(control.Fd()), unix.LOOP_CTL_GET_FREE)
 	if err != nil {
 		return nil, err
 	}
-	dev, err := os.Open(fmt.Sprintf("/dev/loop%d", n))
+	dev, err := os.OpenFile(fmt.Sprintf("/dev/loop%d", n), kind.access, 0)
 	if err != nil {
 		return nil, err
 	}
-	config := unix.LoopConfig{Fd: uint32(backing.Fd()), Size: 512}
-	config.Info.Flags = unix.LO_FLAGS_READ_ONLY | unix.LO_FLAGS_AUTOCLEAR
+	config := unix.LoopConfig{Fd: uint32(backing.Fd()), Size: kind.blockSize}
+	config.Info.Flags = unix.LO_FLAGS_AUTOCLEAR
+	if kind.access == os.O_RDONLY {
+		config.Info.Flags |= unix.LO_FLAGS_READ_ONLY
+	}
 	copy(config.Info.File_name[:len(config.Info.File_name)-1], backing.Name())
 	if err := unix.IoctlLoopConfigure(int(dev.Fd()), &config); err != nil {
 		return nil, errors.Join(err, dev.Close())
 	}
 	return dev, nil
+}
+
+// findLoop returns the loop device that has the file, which is named by the
+// path that the kernel knows it by; "" if there is none.
+func findLoop(file string) (string, error) {
+	names, err := filepath.Glob("/sys/block/loop*/loop/backing_file")
+	if err != nil {
+		return "", err
+	}
+	for _, name := range names {
+		// One that is detached meanwhile has no such file any more.
+		if b, err := os.ReadFile(name); err == nil && strings.TrimSuffix(string(b), "\n") == file {
+			return "/dev/" + filepath.Base(filepath.Dir(filepath.Dir(name))), nil
+		}
+	}
+	return "", nil
 }

@@ -17,11 +17,15 @@ import (
 // layout knows where the parts of a snapshot lie.
 type layout struct{ root string }
 
-func (l layout) snapshotsDir() string         { return filepath.Join(l.root, "snapshots") }
-func (l layout) mountsDir() string            { return filepath.Join(l.root, "mnt") }
-func (l layout) dir(id string) string         { return filepath.Join(l.root, "snapshots", id) }
-func (l layout) upper(id string) string       { return filepath.Join(l.dir(id), "upper") }
-func (l layout) workdir(id string) string     { return filepath.Join(l.dir(id), "work") }
+func (l layout) snapshotsDir() string       { return filepath.Join(l.root, "snapshots") }
+func (l layout) mountsDir() string          { return filepath.Join(l.root, "mnt") }
+func (l layout) dir(id string) string       { return filepath.Join(l.root, "snapshots", id) }
+func (l layout) upper(id string) string     { return filepath.Join(l.writable(id), "upper") }
+func (l layout) workdir(id string) string   { return filepath.Join(l.writable(id), "work") }
+func (l layout) upperFile(id string) string { return filepath.Join(l.dir(id), "upper.ext4") }
+func (l layout) upperMount(id string) string {
+	return filepath.Join(l.root, "mnt", id+upperMountSuffix)
+}
 func (l layout) layer(id string) string       { return filepath.Join(l.dir(id), "layer") }
 func (l layout) index(id string) string       { return filepath.Join(l.dir(id), "index") }
 func (l layout) lowestIndex(id string) string { return filepath.Join(l.dir(id), "index.lowest") }
@@ -34,7 +38,29 @@ func (l layout) usage(id string) string       { return filepath.Join(l.dir(id), 
 func (l layout) empty() string                { return filepath.Join(l.root, "empty") }
 func (l layout) mountpoint(id string) string  { return filepath.Join(l.root, "mnt", id) }
 
-// isTar says whether the snapshot is a tar layer; otherwise it is a directory.
+// upperMountSuffix follows the id in the name of a mount point of an upper file.
+// It is short because the options of an overlay must fit in a page.
+const upperMountSuffix = ".rw"
+
+// writable is where the upper and work directories are: on the disk, or in the
+// upper file, which may not be mounted.
+func (l layout) writable(id string) string {
+	if l.hasUpperFile(id) {
+		return l.upperMount(id)
+	}
+	return l.dir(id)
+}
+
+func (l layout) hasUpperFile(id string) bool { return exists(l.upperFile(id)) }
+
+// upperMounted says whether something is mounted where an upper file belongs.
+func (l layout) upperMounted(id string) bool {
+	var on, below unix.Stat_t
+	return unix.Lstat(l.upperMount(id), &on) == nil && unix.Lstat(l.mountsDir(), &below) == nil && on.Dev != below.Dev
+}
+
+// isTar says whether the snapshot is a tar layer; otherwise it is a
+// directory, on the disk or in an upper file.
 func (l layout) isTar(id string) bool { return exists(l.layer(id)) }
 
 // lower is the directory that shows the layer of a committed snapshot.

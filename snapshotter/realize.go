@@ -101,12 +101,17 @@ func (s *Snapshotter) realize(ctx context.Context, id string, parents []string) 
 	case exists(s.pending(id)):
 		return s.settle(ctx, id, parents)
 	case !s.isTar(id):
+		if s.hasUpperFile(id) && !s.upperMounted(id) {
+			if err := s.mountUpper(ctx, id); err != nil {
+				return err
+			}
+		}
 		if !exists(s.upper(id)) {
 			return fmt.Errorf("%s is gone; remove the image and pull it again: %w", s.dir(id), errdefs.ErrDataLoss)
 		}
 		return nil
 	case s.mounted(id):
-		return s.tidy(id)
+		return s.tidy(ctx, id)
 	case s.mode == ModeDirectory:
 		return s.extractCommitted(ctx, id, parents)
 	}
@@ -116,13 +121,23 @@ func (s *Snapshotter) realize(ctx context.Context, id string, parents []string) 
 	if err := s.mountLayer(ctx, id); err != nil {
 		return err
 	}
-	return s.tidy(id)
+	return s.tidy(ctx, id)
 }
 
 // tidy removes what a tar layer has no use for once it is committed. A directory
 // that is not empty stays: it is no layer's content.
-func (s *Snapshotter) tidy(id string) error {
-	for _, d := range []string{s.upper(id), s.workdir(id), s.lowestIndex(id), s.onlyLowest(id)} {
+func (s *Snapshotter) tidy(ctx context.Context, id string) error {
+	if err := errors.Join(removeFile(s.lowestIndex(id)), removeFile(s.onlyLowest(id))); err != nil {
+		return err
+	}
+	if empty, err := isEmpty(s.upper(id)); err != nil {
+		return err
+	} else if empty {
+		if err := s.dropUpperFile(ctx, id); err != nil {
+			return err
+		}
+	}
+	for _, d := range []string{s.upper(id), s.workdir(id)} {
 		if err := removeFile(d); err != nil && !errors.Is(err, unix.ENOTEMPTY) && !errors.Is(err, unix.EBUSY) {
 			return err
 		}
@@ -266,6 +281,9 @@ func (s *Snapshotter) parents(ctx context.Context, ids []string) []layer.Parent 
 		parents[i] = lazyParent(sync.OnceValues(func() (layer.Parent, error) {
 			if s.isTar(id) {
 				return s.table(ctx, id, s.layer(id))
+			}
+			if err := s.openCommitted(ctx, id); err != nil {
+				return nil, err
 			}
 			return layer.DirParent(s.upper(id)), nil
 		}))

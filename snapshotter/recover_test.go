@@ -205,13 +205,16 @@ func TestLostFolders(t *testing.T) {
 // TestKilled kills a process that pulls, over and over, and looks at what the
 // next one makes of it.
 func TestKilled(t *testing.T) {
-	for _, mode := range mountModes {
-		t.Run(string(mode), func(t *testing.T) {
+	for name, o := range map[string]Options{
+		"file": {Mount: ModeFile}, "loop": {Mount: ModeLoop}, "directory": {Mount: ModeDirectory},
+		"upper files": {Mount: ModeFile, Upper: UpperFile, UpperSize: MinUpperSize},
+	} {
+		t.Run(name, func(t *testing.T) {
 			dir := t.TempDir()
 			t.Cleanup(func() { mountsUnder(dir) })
 			for round := range 6 {
 				cmd := exec.CommandContext(t.Context(), "/proc/self/exe", "-test.run=^TestKilledChild$")
-				cmd.Env = append(os.Environ(), "GANTRY_KILLED="+dir, "GANTRY_MODE="+string(mode))
+				cmd.Env = append(os.Environ(), "GANTRY_KILLED="+dir, "GANTRY_MODE="+string(o.Mount), "GANTRY_UPPER="+string(o.Upper))
 				out, err := cmd.StdoutPipe()
 				if err != nil {
 					t.Fatal(err)
@@ -231,19 +234,19 @@ func TestKilled(t *testing.T) {
 					t.Fatal(err)
 				}
 				_ = cmd.Wait()
-				afterKill(t, dir, mode)
+				afterKill(t, dir, o)
 			}
 		})
 	}
 }
 
-func afterKill(t *testing.T, dir string, mode Mode) {
+func afterKill(t *testing.T, dir string, o Options) {
 	t.Helper()
 	cache, err := layer.Open(filepath.Join(dir, "layers"), layer.Options{})
 	if err != nil {
 		t.Fatal(err)
 	}
-	r := &rig{root: filepath.Join(dir, "root"), cache: cache, opts: Options{Mount: mode}}
+	r := &rig{root: filepath.Join(dir, "root"), cache: cache, opts: o}
 	r.open(t)
 	defer func() {
 		if err := r.Close(); err != nil {
@@ -260,14 +263,26 @@ func afterKill(t *testing.T, dir string, mode Mode) {
 		wants[fmt.Sprint(n)] = reference(t, nil, layers[:n+1]...)
 	}
 	for _, key := range keys {
+		if strings.HasPrefix(key, "extract-container-") {
+			mounts, err := r.Mounts(t.Context(), key)
+			if err != nil {
+				t.Fatal(err)
+			}
+			look(t, mounts)
+		}
 		if strings.HasPrefix(key, "extract-") {
 			continue
 		}
 		sameTree(t, r.show(t, key), wants[key[strings.LastIndex(key, "-")+1:]])
 	}
 	for _, dir := range append(entries(t, r.snapshotsDir()), entries(t, r.mountsDir())...) {
-		if _, ok := keys[filepath.Base(dir)]; !ok {
+		if _, ok := keys[strings.TrimSuffix(filepath.Base(dir), upperMountSuffix)]; !ok {
 			t.Errorf("%s is left", dir)
+		}
+	}
+	for _, loop := range loopsUnder(dir) {
+		if o.Upper == UpperFile && strings.Contains(loop, "(deleted)") {
+			t.Errorf("%s is left", loop)
 		}
 	}
 }
@@ -282,14 +297,26 @@ func TestKilledChild(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	r := &rig{root: filepath.Join(dir, "root"), cache: cache, opts: Options{Mount: Mode(os.Getenv("GANTRY_MODE"))}}
+	r := &rig{root: filepath.Join(dir, "root"), cache: cache, opts: Options{
+		Mount: Mode(os.Getenv("GANTRY_MODE")), Upper: Upper(os.Getenv("GANTRY_UPPER")), UpperSize: MinUpperSize,
+	}}
 	r.open(t)
 	layers := image(t)
 	if _, err := os.Stdout.WriteString("x"); err != nil {
 		t.Fatal(err)
 	}
 	for i := range 1000 {
-		r.pull(t, unpacks[i%2], fmt.Sprintf("p%d-%d", os.Getpid(), i), "", layers...)
+		top := r.pull(t, unpacks[i%2], fmt.Sprintf("p%d-%d", os.Getpid(), i), "", layers...)
+		key := fmt.Sprintf("extract-container-%d-%d", os.Getpid(), i)
+		if _, err := r.Prepare(t.Context(), key, top); err != nil {
+			t.Fatal(err)
+		}
+		if i%2 == 0 {
+			continue
+		}
+		if err := errors.Join(r.Remove(t.Context(), key), r.Cleanup(t.Context())); err != nil {
+			t.Fatal(err)
+		}
 	}
 }
 

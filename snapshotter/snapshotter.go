@@ -5,13 +5,17 @@
 // layer's uncompressed tar (`layer`) beside a small EROFS image of metadata
 // (`index`), mounted once at mnt/<id> for all containers. A directory layer is
 // a plain directory (`upper`): what a container wrote, or any layer on a host
-// whose kernel cannot mount the first kind. Chains mix both.
+// whose kernel cannot mount the first kind. Chains mix both. What containers
+// write may be kept in a sparse file with a file system of its own
+// (`upper.ext4`), which bounds it; a Commit keeps that file, as a directory layer
+// that has to be mounted.
 //
 // Names, parents and labels are kept by containerd's core/snapshots/storage in
 // metadata.db. Everything else about a snapshot is read from its folder, so it
 // survives a restart:
 //
 //	snapshots/<id>/upper, work  where a container or a differ writes
+//	snapshots/<id>/upper.ext4   the same, in a file of Options.UpperSize
 //	snapshots/<id>/layer        adopted: the tar (hard link)
 //	snapshots/<id>/diffid       adopted: digest and size of the tar
 //	snapshots/<id>/index        derived from the tar, with a checksum; never synced
@@ -22,11 +26,12 @@
 //	snapshots/<id>/usage        blocks and inodes of a directory layer
 //	snapshots/<id>/shifted      marks a directory that was written over id-mapped lowers
 //	mnt/<id>                    where the tar layer is mounted
+//	mnt/<id>.rw                 where upper.ext4 is mounted; upper and work are in it
 //	empty                       the second lower of an overlay that needs two
 //
 // containerd's garbage collection waits behind Prepare, View, Commit and
 // Remove, so these do one database transaction and, for a missing mount, one
-// mount(2). What takes longer is done by Adopt, before Commit, or by a worker,
+// mount(2). Prepare with an upper file writes some 20 blocks and mounts it. What takes longer is done by Adopt, before Commit, or by a worker,
 // after it.
 //
 // The mounts at mnt/<id> must be visible to containerd, so both run in the same
@@ -88,6 +93,13 @@ const (
 type Options struct {
 	// Mount is how layers become visible; empty means ModeAuto.
 	Mount Mode
+	// Upper is where new containers' changes are kept; empty means
+	// UpperDirectory. Snapshots that are there stay as they are.
+	Upper Upper
+	// UpperSize is the size of an upper file in bytes, from MinUpperSize to
+	// MaxUpperSize; zero means DefaultUpperSize. containerd's label
+	// snapshots.LabelSnapshotMaxSize overrides it for one snapshot.
+	UpperSize int64
 	// Observer may be nil.
 	Observer Observer
 	// KeepLayers is how long Cleanup keeps a layer file that no snapshot links;
@@ -111,7 +123,8 @@ type Snapshotter struct {
 	mode     Mode
 	reason   string
 	overlay  []string
-	unmapped error // why lowers cannot be id-mapped; nil if they can
+	unmapped error   // why lowers cannot be id-mapped; nil if they can
+	uppers   *uppers // nil: directories
 
 	locks   keyLocks
 	work    *worker
@@ -165,6 +178,9 @@ func New(ctx context.Context, root string, layers *layer.Cache, o Options) (_ *S
 		return nil, fmt.Errorf("open %s/metadata.db (does another gantryd use this root?): %w", root, err)
 	}
 	if s.mode, s.reason, err = chooseMode(ctx, root, o.Mount); err != nil {
+		return nil, err
+	}
+	if s.uppers, err = chooseUpper(ctx, root, o.Upper, o.UpperSize); err != nil {
 		return nil, err
 	}
 	log.G(ctx).WithField("mode", s.mode).WithField("reason", s.reason).Info("snapshotter: how layers are mounted")

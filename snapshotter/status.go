@@ -11,9 +11,15 @@ type Status struct {
 	// NotIDMapped says why not.
 	IDMapped    bool
 	NotIDMapped string
+	// Upper is where new containers' changes are kept, and UpperSize how much a
+	// file holds, in bytes; zero for directories.
+	Upper     Upper
+	UpperSize int64
 	// TarLayers and Directories count the folders of either kind; active
 	// snapshots are directories until they adopt a layer.
 	TarLayers, Directories int
+	// UpperFiles counts those of the directories that are in files.
+	UpperFiles int
 	// Mounted counts the tar layers that are mounted now.
 	Mounted int
 	// Busy counts the layers the worker is mounting or writing an index for.
@@ -25,6 +31,9 @@ func (s *Snapshotter) Status() Status {
 	st := Status{Mode: s.mode, Reason: s.reason, IDMapped: s.unmapped == nil, Busy: s.work.busy()}
 	if s.unmapped != nil {
 		st.NotIDMapped = s.unmapped.Error()
+	}
+	if s.uppers != nil {
+		st.Upper, st.UpperSize = UpperFile, s.uppers.size
 	}
 	entries, err := os.ReadDir(s.snapshotsDir())
 	if err != nil {
@@ -40,6 +49,9 @@ func (s *Snapshotter) Status() Status {
 			}
 		default:
 			st.Directories++
+			if s.hasUpperFile(id) {
+				st.UpperFiles++
+			}
 		}
 	}
 	return st

@@ -2,7 +2,6 @@ package snapshotter
 
 import (
 	"context"
-	"errors"
 	"path/filepath"
 	"testing"
 
@@ -16,20 +15,27 @@ import (
 // that name tells the suite that directories of a lower layer cannot be renamed,
 // as on any overlay without redirect_dir.
 func TestSuite(t *testing.T) {
-	for _, mode := range []Mode{ModeAuto, ModeLoop, ModeDirectory} {
-		t.Run(string(mode), func(t *testing.T) {
+	for name, o := range map[string]Options{
+		"auto": {}, "loop": {Mount: ModeLoop}, "directory": {Mount: ModeDirectory},
+		"upper files": {Upper: UpperFile, UpperSize: 64 << 20},
+	} {
+		t.Run(name, func(t *testing.T) {
 			testsuite.SnapshotterSuite(t, "overlayfs", func(ctx context.Context, root string) (snapshots.Snapshotter, func() error, error) {
 				layers, err := layer.Open(filepath.Join(root, "layers"), layer.Options{})
 				if err != nil {
 					return nil, nil, err
 				}
-				s, err := New(ctx, root, layers, Options{Mount: mode})
+				s, err := New(ctx, root, layers, o)
 				if err != nil {
 					return nil, nil, err
 				}
 				return s, func() error {
 					// The suite closes some of them itself.
-					return errors.Join(s.Close())
+					if err := s.Close(); err != nil {
+						return err
+					}
+					mountsUnder(root)
+					return nil
 				}, nil
 			})
 		})

@@ -18,7 +18,7 @@ import (
 
 // Usage returns the blocks (in bytes) and inodes that a snapshot really takes,
 // without its parents. A layer file that several snapshots link counts for
-// each. An active directory, and a committed one that the worker has not
+// each. Of an upper file the blocks count that it takes on the disk. An active directory, and a committed one that the worker has not
 // measured yet, is walked.
 func (s *Snapshotter) Usage(ctx context.Context, key string) (snapshots.Usage, error) {
 	var (
@@ -52,7 +52,7 @@ func (s *Snapshotter) Usage(ctx context.Context, key string) (snapshots.Usage, e
 
 // activeUsage adds what a layer adopted so far takes.
 func (s *Snapshotter) activeUsage(ctx context.Context, id string) (snapshots.Usage, error) {
-	usage, err := diskUsage(ctx, s.upper(id))
+	usage, err := s.writtenUsage(ctx, id)
 	if err == nil && s.isTar(id) {
 		var tar snapshots.Usage
 		tar, err = s.tarUsage(id)
@@ -61,13 +61,29 @@ func (s *Snapshotter) activeUsage(ctx context.Context, id string) (snapshots.Usa
 	return usage, err
 }
 
+// writtenUsage is that of the upper directory. Prepare may be about to make it.
+func (s *Snapshotter) writtenUsage(ctx context.Context, id string) (snapshots.Usage, error) {
+	switch {
+	case s.hasUpperFile(id):
+		return s.upperFileUsage(ctx, id)
+	case !exists(s.upper(id)):
+		return snapshots.Usage{}, nil
+	}
+	return diskUsage(ctx, s.upper(id))
+}
+
 // commitUsage is the usage to store with a Commit: a tar layer's, which is two
 // stats. A directory's is walked later and kept in a file, because storage
 // offers no way to change it after Commit. It refuses an adopted layer under an
 // upper directory that was written to: one of the two would be lost.
-func (s *Snapshotter) commitUsage(id string) (snapshots.Usage, error) {
+func (s *Snapshotter) commitUsage(ctx context.Context, id string) (snapshots.Usage, error) {
 	if !s.isTar(id) {
 		return snapshots.Usage{}, nil
+	}
+	if s.hasUpperFile(id) {
+		if err := s.remountUpper(ctx, id); err != nil {
+			return snapshots.Usage{}, err
+		}
 	}
 	empty, err := isEmpty(s.upper(id))
 	if err != nil {
@@ -98,6 +114,9 @@ func (l layout) tarUsage(id string) (snapshots.Usage, error) {
 // directoryUsage of a committed directory, from its file or by a walk.
 func (s *Snapshotter) directoryUsage(ctx context.Context, id string) (snapshots.Usage, error) {
 	var usage snapshots.Usage
+	if s.hasUpperFile(id) {
+		return s.upperFileUsage(ctx, id)
+	}
 	if b, err := os.ReadFile(s.usage(id)); err == nil {
 		if _, err := fmt.Sscanf(string(b), "%d %d\n", &usage.Inodes, &usage.Size); err == nil {
 			return usage, nil

@@ -131,13 +131,17 @@ func TestStatus(t *testing.T) {
 	}
 	shared := &status.Report{Recent: []status.Layer{{Image: "reg/app:1", Digest: layer}}}
 	idle := &status.Report{Version: "v1.2.3", PID: 42, Started: now, Root: "/r", Mount: status.Mount{Mode: "directory", NotIDMapped: "too old"}}
+	files := &status.Report{Upper: status.Upper{Kind: "file", Size: 10 << 30, Files: 3}}
+	old := &status.Report{Upper: status.Upper{Kind: "directory", Files: 2}}
 	for name, tc := range map[string]struct {
 		report *status.Report
 		want   []string
 		not    string
 	}{
 		"shared": {shared, []string{"COMMIT  TAIL   IMAGE\n", "reg/app:1"}, "NAMESPACE"},
-		"idle":   {idle, []string{"gantryd v1.2.3, pid 42, up ", "mount mode directory\n", "user namespaces get copies of images: no id-mapped mounts: too old\n", "nothing is under way\n"}, "LAYERS"},
+		"idle":   {idle, []string{"gantryd v1.2.3, pid 42, up ", "mount mode directory\n", "user namespaces get copies of images: no id-mapped mounts: too old\n", "nothing is under way\n"}, "containers write"},
+		"files":  {files, []string{"new containers write to files of 10.0 GiB; 3 snapshots have one\n"}, "directories"},
+		"before": {old, []string{"new containers write to directories; 2 snapshots have a file\n"}, "files of"},
 		"busy": {busy, []string{
 			"up 1m", "root /r", "mount mode file: Linux 6.18\n",
 			"fetching  25%   60.0 MiB  200.0 MiB  10.0 MiB/s  11     3      a:5000,b",

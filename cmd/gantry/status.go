@@ -113,6 +113,9 @@ func printReport(w io.Writer, r *status.Report, now time.Time) error {
 		line("user namespaces get copies of images: no id-mapped mounts" + reason(r.Mount.NotIDMapped))
 	}
 	line(fmt.Sprintf("%s of memory in use, %d open files, %d goroutines", amount(r.Process.HeapLive), r.Process.OpenFiles, r.Process.Goroutines))
+	if upper := uppers(r.Upper); upper != "" {
+		line(upper)
+	}
 	if r.Discarded.Blobs > 0 {
 		line(fmt.Sprintf("%d layers are kept without their compressed bytes, %s; gantry content restore fetches them again", r.Discarded.Blobs, amount(r.Discarded.Size)))
 	}
@@ -137,6 +140,17 @@ func printReport(w io.Writer, r *status.Report, now time.Time) error {
 	printLayers(line, r.Recent)
 	printCalls(line, r.Calls)
 	return t.Flush()
+}
+
+// uppers says where containers write; nothing of plain directories.
+func uppers(u status.Upper) string {
+	switch {
+	case u.Kind == "file":
+		return fmt.Sprintf("new containers write to files of %s; %d snapshots have one", amount(u.Size), u.Files)
+	case u.Files > 0:
+		return fmt.Sprintf("new containers write to directories; %d snapshots have a file", u.Files)
+	}
+	return ""
 }
 
 // hosts says where a transfer's bytes come from or, when nobody asks for them, how old they are.

@@ -87,9 +87,11 @@ type Unpack struct {
 	Workers int // layers at once; 0: see UnpackWorkers
 }
 
-// Snapshotter says how layers are mounted.
+// Snapshotter says how layers are mounted, and where containers write.
 type Snapshotter struct {
-	Mount string // auto, file, loop or directory
+	Mount     string // auto, file, loop or directory
+	Upper     string // directory or file
+	UpperSize int64  // bytes of a file
 }
 
 // Default returns the configuration of an empty file.

@@ -39,6 +39,7 @@ func TestLoad(t *testing.T) {
 			c.Log.Level = "debug"
 		}},
 		"dotted and inline":    {"snapshotter.mount = \"loop\"\ncontainerd = {content_sharing_policy = \"isolated\"}\n", func(c *Config) { c.Snapshotter.Mount, c.Containerd.ContentSharingPolicy = "loop", "isolated" }},
+		"upper files":          {"[snapshotter]\nupper = \"file\"\nupper_size = \"1TiB\"\n", func(c *Config) { c.Snapshotter.Upper, c.Snapshotter.UpperSize = "file", 1<<40 }},
 		"size in bytes":        {"transfer.chunk_size = 4194304", func(c *Config) { c.Transfer.ChunkSize = 4 << 20 }},
 		"no registry settings": {"registry.config_path = \"\"", func(c *Config) { c.Registry.ConfigPath = "" }},
 	} {
@@ -85,7 +86,7 @@ func TestDefaults(t *testing.T) {
 		Transfer: Transfer{Root: "/var/lib/gantry/transfers",
 			ConnectionsPerHost: 32, Connections: 64, KeepPartial: 24 * time.Hour, GiveUp: 2 * time.Minute},
 		Registry:    Registry{ConfigPath: "/etc/containerd/certs.d", Credentials: "/root/.docker/config.json"},
-		Snapshotter: Snapshotter{Mount: "auto"},
+		Snapshotter: Snapshotter{Mount: "auto", Upper: "directory", UpperSize: 10 << 30},
 	}
 	if !reflect.DeepEqual(c, want) {
 		t.Errorf("got  %+v\nwant %+v", c, want)
@@ -135,6 +136,9 @@ func TestLoadErrors(t *testing.T) {
 		"duration range":     {"transfer.give_up = \"10m\"\n", []string{"FILE:1: transfer.give_up: 10m is out of range", `to "2m"`}},
 		"size unit":          {"transfer.chunk_size = \"8 megs\"\n", []string{"FILE:1: transfer.chunk_size: \"8 megs\" is not a size; want 0, or a size like \"8MiB\" from \"1MiB\" to \"64MiB\""}},
 		"size range":         {"transfer.chunk_size = \"1GiB\"\n", []string{"FILE:1: transfer.chunk_size: 1GiB is out of range"}},
+		"upper":              {"snapshotter.upper = \"xyz\"\n", []string{"FILE:1: snapshotter.upper: \"xyz\" is unknown; want \"directory\" or \"file\""}},
+		"upper size":         {"[snapshotter]\nupper_size = \"1\"\n", []string{"FILE:2: snapshotter.upper_size: 1B is out of range; want a size like \"8MiB\" from \"16MiB\" to \"1TiB\""}},
+		"upper size of zero": {"snapshotter.upper_size = 0\n", []string{"FILE:1: snapshotter.upper_size: 0B is out of range"}},
 		"size overflow":      {"transfer.chunk_size = \"9999999999999GiB\"\n", []string{"is not a size"}},
 		"same folders":       {"root = \"/a\"\nstate = \"/a\"\n", []string{"FILE: root and state are both /a"}},
 		"same blobs":         {"content.root = \"/a\"\ntransfer.root = \"/a\"\n", []string{"FILE: content.root and transfer.root are both /a"}},

@@ -64,5 +64,9 @@ func fields(c *Config) []field {
 
 		{key: "snapshotter.mount", value: oneOf(&c.Snapshotter.Mount, "auto", "file", "loop", "directory"), fallback: "auto",
 			doc: "How a layer is mounted: EROFS from plain files (Linux 6.12), EROFS through loop devices, or unpacked into a directory. auto: the first of these that works."},
+		{key: "snapshotter.upper", value: oneOf(&c.Snapshotter.Upper, "directory", "file"), fallback: "directory",
+			doc: "Where a new container's changes are kept: in a directory, which may fill the disk, or in a sparse file with an ext4 file system (needs mkfs.ext4), which is full when upper_size is."},
+		{key: "snapshotter.upper_size", value: fixedSize(&c.Snapshotter.UpperSize, 16<<20, 1<<40), fallback: "10GiB",
+			doc: "The size of such a file. The label containerd.io/snapshot/max-size (bytes) of a container's snapshot overrides it."},
 	}
 }

@@ -166,9 +166,11 @@ func shortDuration(d time.Duration) string {
 type sizeValue struct {
 	at       *int64
 	min, max int64
+	zero     bool // 0 is allowed too: somebody else chooses
 }
 
-func size(at *int64, least, most int64) value { return sizeValue{at, least, most} }
+func size(at *int64, least, most int64) value      { return sizeValue{at, least, most, true} }
+func fixedSize(at *int64, least, most int64) value { return sizeValue{at, least, most, false} }
 
 func (b sizeValue) set(v any) error {
 	var n int64
@@ -183,7 +185,7 @@ func (b sizeValue) set(v any) error {
 	default:
 		return typeError(v)
 	}
-	if n != 0 && (n < b.min || n > b.max) {
+	if (n != 0 || !b.zero) && (n < b.min || n > b.max) {
 		return fmt.Errorf("%s is out of range", formatSize(n))
 	}
 	*b.at = n
@@ -200,13 +202,17 @@ func (b sizeValue) toml() string {
 }
 
 func (b sizeValue) allowed() string {
-	return fmt.Sprintf("0, or a size like \"8MiB\" from %q to %q", formatSize(b.min), formatSize(b.max))
+	s := fmt.Sprintf("a size like \"8MiB\" from %q to %q", formatSize(b.min), formatSize(b.max))
+	if b.zero {
+		return "0, or " + s
+	}
+	return s
 }
 
 var units = []struct {
 	name  string
 	bytes int64
-}{{"GiB", 1 << 30}, {"MiB", 1 << 20}, {"KiB", 1 << 10}, {"B", 1}}
+}{{"TiB", 1 << 40}, {"GiB", 1 << 30}, {"MiB", 1 << 20}, {"KiB", 1 << 10}, {"B", 1}}
 
 // parseSize reads whole numbers with a binary unit, "8MiB"; a bare number is bytes.
 func parseSize(s string) (int64, error) {

@@ -23,6 +23,7 @@ type Report struct {
 	Process Process   `json:"process"`
 	// Calls are the methods that were called since the start.
 	Calls []Call `json:"calls"`
+	Upper Upper  `json:"upper"`
 	// Discarded are blobs that the store answers for without having their bytes.
 	Discarded Discarded `json:"discarded"`
 	// Transfers are the blobs known to the transfer manager, under way or just finished.
@@ -60,6 +61,13 @@ type Mount struct {
 	// IDMapped: containers in user namespaces see layers through id-mapped mounts; containerd is to be told remap-ids.
 	IDMapped    bool   `json:"id_mapped"`
 	NotIDMapped string `json:"not_id_mapped,omitempty"` // why not
+}
+
+// Upper says where new containers' changes are kept.
+type Upper struct {
+	Kind  string `json:"kind"`           // directory or file
+	Size  int64  `json:"size,omitempty"` // bytes of a file
+	Files int    `json:"files"`          // snapshots that have one, whatever new ones get
 }
 
 // Discarded counts blobs and their bytes.

@@ -1,0 +1,257 @@
+package snapshotter
+
+import (
+	"context"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"syscall"
+
+	"github.com/containerd/containerd/v2/core/snapshots"
+	"github.com/containerd/containerd/v2/core/snapshots/storage"
+	"github.com/containerd/errdefs"
+	"github.com/containerd/log"
+	"golang.org/x/sys/unix"
+)
+
+// upperFileOptions: what is deleted goes back to the disk; the empty inode tables
+// are holes already; an error that may have damaged the file system ends writing.
+const upperFileOptions = "discard,noinit_itable,errors=remount-ro"
+
+// openUpper sees to it that an active snapshot has an upper and work directory,
+// mounted if they are in a file. They are missing where Prepare makes a file,
+// after a reboot, and after a crash in Prepare.
+func (s *Snapshotter) openUpper(ctx context.Context, snap storage.Snapshot, f form) error {
+	if snap.Kind != snapshots.KindActive || exists(s.upper(snap.ID)) {
+		return nil
+	}
+	unlock, err := s.locks.lock(ctx, snap.ID)
+	if err != nil {
+		return err
+	}
+	defer unlock()
+	switch {
+	case !exists(s.dir(snap.ID)):
+		return fmt.Errorf("snapshot was removed meanwhile: %w", errdefs.ErrNotFound)
+	case s.hasUpperFile(snap.ID):
+		err = s.remountUpper(ctx, snap.ID)
+	case f.fileSize > 0:
+		err = s.newUpperFile(ctx, snap.ID, f.fileSize)
+	}
+	if err != nil || exists(s.upper(snap.ID)) {
+		return err
+	}
+	if err := os.Mkdir(s.workdir(snap.ID), 0o711); err != nil && !errors.Is(err, fs.ErrExist) {
+		return err
+	}
+	if err := s.makeUpper(snap.ID); err != nil {
+		return err
+	}
+	return s.chownUpper(ctx, snap.ID, snap.ParentIDs, f.ids)
+}
+
+// newUpperFile makes and mounts one. The caller holds the lock of id.
+func (s *Snapshotter) newUpperFile(ctx context.Context, id string, size int64) error {
+	if err := s.uppers.make(ctx, s.upperFile(id), size); err != nil {
+		return err
+	}
+	return s.mountUpper(ctx, id)
+}
+
+// remountUpper mounts the upper file of an active snapshot if it is not mounted. The
+// caller holds the lock of id. A file whose superblock never reached the disk
+// has lost nothing that anybody synced: the first sync of anything in it
+// writes the superblock too.
+func (s *Snapshotter) remountUpper(ctx context.Context, id string) error {
+	if s.upperMounted(id) {
+		return nil
+	}
+	super, err := readSuperblock(s.upperFile(id))
+	if err != nil {
+		return err
+	}
+	if super == nil && s.uppers != nil {
+		fi, err := os.Stat(s.upperFile(id))
+		if err != nil {
+			return err
+		}
+		log.G(ctx).WithField("snapshot", id).Warn("snapshotter: the upper file was lost with the power before anything in it was synced, making it again")
+		size := wholeBlocks(fi.Size())
+		if size < MinUpperSize || size > MaxUpperSize {
+			size = s.uppers.size
+		}
+		return s.newUpperFile(ctx, id, size)
+	}
+	return s.mountUpper(ctx, id)
+}
+
+// openCommitted mounts the upper file of a committed snapshot, if it is one and
+// is not mounted.
+func (s *Snapshotter) openCommitted(ctx context.Context, id string) error {
+	if exists(s.upper(id)) || !s.hasUpperFile(id) {
+		return nil
+	}
+	unlock, err := s.locks.lock(ctx, id)
+	if err != nil {
+		return err
+	}
+	defer unlock()
+	if s.upperMounted(id) {
+		return nil
+	}
+	return s.mountUpper(ctx, id)
+}
+
+// mountUpper mounts an upper file. The caller holds the lock of id. A file that
+// already has a loop device is mounted from that: two would each think that
+// the file is theirs alone. That happens when only the mount point was taken
+// away, and a container's own mount still holds the file.
+func (s *Snapshotter) mountUpper(ctx context.Context, id string) error {
+	file, target := s.upperFile(id), s.upperMount(id)
+	if err := os.Mkdir(target, 0o700); err != nil && !errors.Is(err, fs.ErrExist) {
+		return err
+	}
+	used, err := findLoop(file)
+	if err != nil {
+		return err
+	}
+	if used != "" {
+		err := unix.Mount(used, target, "ext4", 0, upperFileOptions)
+		if err == nil {
+			return nil
+		}
+		if still, _ := findLoop(file); still != "" {
+			return fmt.Errorf("mount %s, which has %s, on %s: %w", used, file, target, err)
+		}
+	}
+	dev, err := mountUpperFile(ctx, file, target)
+	if err != nil {
+		return err
+	}
+	if s.work == nil { // New looks for what a crash has left
+		return dev.Close()
+	}
+	if err := s.work.submit(func(ctx context.Context) { s.settleUpper(ctx, id, dev) }); err != nil {
+		return errors.Join(err, dev.Close())
+	}
+	return nil
+}
+
+// mountUpperFile returns the loop device; the mount keeps it without the handle.
+func mountUpperFile(ctx context.Context, file, target string) (*os.File, error) {
+	dev, err := attachLoop(ctx, file, upperLoop)
+	if err != nil {
+		return nil, err
+	}
+	if err := unix.Mount(dev.Name(), target, "ext4", 0, upperFileOptions); err != nil {
+		return nil, errors.Join(fmt.Errorf("mount %s, which has %s, on %s: %w", dev.Name(), file, target, err), dev.Close())
+	}
+	return dev, nil
+}
+
+// settleUpper does what need not hold up a Prepare: the file becomes durable, and
+// from then on what a container writes is cached once, in its own file system,
+// and not in the file's pages again. Where the disk's file system has no direct
+// I/O it is cached twice.
+func (s *Snapshotter) settleUpper(ctx context.Context, id string, dev *os.File) {
+	err := syncFile(s.upperFile(id))
+	if errors.Is(err, fs.ErrNotExist) {
+		_ = dev.Close() // removed meanwhile
+		return
+	}
+	err = errors.Join(err, syncDir(s.dir(id)))
+	if e := unix.IoctlSetInt(int(dev.Fd()), unix.LOOP_SET_DIRECT_IO, 1); e != nil {
+		log.G(ctx).WithError(e).WithField("snapshot", id).Debug("snapshotter: no direct I/O on the upper file")
+	}
+	if err = errors.Join(err, dev.Close()); err != nil {
+		log.G(ctx).WithError(err).WithField("snapshot", id).Warn("snapshotter: upper file is not synced")
+	}
+}
+
+func syncFile(name string) error {
+	f, err := os.Open(name)
+	if err != nil {
+		return err
+	}
+	return errors.Join(f.Sync(), f.Close())
+}
+
+// syncUpper makes what was committed durable, after Commit.
+func (s *Snapshotter) syncUpper(ctx context.Context, id string) {
+	f, err := os.Open(s.upper(id))
+	if errors.Is(err, fs.ErrNotExist) {
+		return // removed meanwhile, or not mounted: then it was
+	}
+	if err == nil {
+		err = errors.Join(unix.Syncfs(int(f.Fd())), f.Close())
+	}
+	if err != nil {
+		log.G(ctx).WithError(err).WithField("snapshot", id).Warn("snapshotter: committed upper file is not synced")
+	}
+}
+
+// dropUpperFile unmounts and deletes an upper file, if there is one. The caller
+// holds the lock of id. A mount elsewhere (a container's own, or its copy in
+// another mount namespace) keeps the deleted file on the disk: what is in it
+// is deleted too, as in a directory.
+func (s *Snapshotter) dropUpperFile(ctx context.Context, id string) error {
+	target, file := s.upperMount(id), s.upperFile(id)
+	if !exists(target) && !exists(file) {
+		return nil
+	}
+	if err := unmountAll(target); err != nil {
+		return err
+	}
+	if dev, err := findLoop(file); err == nil && dev != "" {
+		if err := clearElsewhere(dev, target); err != nil {
+			log.G(ctx).WithError(err).WithField("snapshot", id).Debug("snapshotter: upper file of a removed snapshot is still in use")
+		}
+	}
+	return errors.Join(removeFile(target), removeFile(file))
+}
+
+func clearElsewhere(dev, target string) error {
+	if err := unix.Mount(dev, target, "ext4", 0, upperFileOptions); err != nil {
+		return err
+	}
+	return errors.Join(clearDir(filepath.Join(target, "upper")), unmountAll(target))
+}
+
+// upperFileUsage counts the blocks that the file takes on the disk. Those that
+// its file system has handed out but not written yet count already; those that
+// it has freed count until they are punched out, seconds later. The inodes are
+// those in the upper directory.
+func (l layout) upperFileUsage(ctx context.Context, id string) (snapshots.Usage, error) {
+	fi, err := os.Stat(l.upperFile(id))
+	if err != nil {
+		return snapshots.Usage{}, err
+	}
+	var usage snapshots.Usage
+	if st, ok := fi.Sys().(*syscall.Stat_t); ok {
+		usage.Size = st.Blocks * 512
+	}
+	const own = 11 // ten reserved ones and lost+found
+	if !l.upperMounted(id) {
+		super, err := readSuperblock(l.upperFile(id))
+		if super == nil {
+			return usage, err
+		}
+		count := binary.LittleEndian.Uint32
+		usage.Inodes = max(1, int64(count(super[ext4InodeCount:]))-int64(count(super[ext4FreeInodes:]))-own-1)
+		return usage, nil
+	}
+	var st unix.Statfs_t
+	if err := unix.Statfs(l.upperMount(id), &st); err != nil {
+		return usage, err
+	}
+	work, err := diskUsage(ctx, l.workdir(id))
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return usage, err
+	}
+	usage.Size = max(usage.Size, int64(st.Blocks-st.Bfree)*st.Bsize)
+	usage.Inodes = max(1, int64(st.Files-st.Ffree)-own-work.Inodes)
+	return usage, nil
+}
