@@ -14,6 +14,7 @@ import (
 // TestTemplates asks e2fsck, which checks every checksum, whether copies of
 // templates are clean file systems, and that no two have the same UUID.
 func TestTemplates(t *testing.T) {
+	t.Parallel()
 	made, err := newTemplates(mkfsPlaces)
 	if err != nil {
 		t.Fatal(err)
@@ -33,7 +34,7 @@ func TestTemplates(t *testing.T) {
 			if err := errors.Join(tmpl.write(f), f.Close()); err != nil {
 				t.Fatal(err)
 			}
-			if out, err := exec.Command("e2fsck", "-f", "-n", name).CombinedOutput(); err != nil || bytes.Contains(out, []byte("Fix?")) {
+			if out, err := exec.CommandContext(t.Context(), "e2fsck", "-f", "-n", name).CombinedOutput(); err != nil || bytes.Contains(out, []byte("Fix?")) {
 				t.Errorf("%d bytes: e2fsck: %v\n%s", size, err, out)
 			}
 			super, err := readSuperblock(name)
@@ -64,6 +65,7 @@ func (t *template) bytes() (n int64) {
 }
 
 func TestTemplatesKept(t *testing.T) {
+	t.Parallel()
 	made, err := newTemplates(mkfsPlaces)
 	if err != nil {
 		t.Fatal(err)
@@ -83,6 +85,7 @@ func TestTemplatesKept(t *testing.T) {
 }
 
 func TestTemplatesFail(t *testing.T) {
+	t.Parallel()
 	script := func(body string) []string {
 		name := filepath.Join(t.TempDir(), "mkfs.ext4")
 		if err := os.WriteFile(name, []byte("#!/bin/sh\n"+body+"\n"), 0o700); err != nil {
@@ -100,6 +103,7 @@ func TestTemplatesFail(t *testing.T) {
 		"something else": {script("echo hello | dd of=/proc/self/fd/3 conv=notrunc 2>&1"), "made no superblock"},
 	} {
 		t.Run(name, func(t *testing.T) {
+			t.Parallel()
 			made, err := newTemplates(tt.places)
 			if err == nil {
 				_, err = made.get(t.Context(), MinUpperSize)

@@ -28,7 +28,7 @@ type Status struct {
 
 // Status looks at the disk; it is meant for a command line, not for a loop.
 func (s *Snapshotter) Status() Status {
-	st := Status{Mode: s.mode, Reason: s.reason, IDMapped: s.unmapped == nil, Busy: s.work.busy()}
+	st := Status{Mode: s.mode, Reason: s.reason, Upper: UpperDirectory, IDMapped: s.unmapped == nil, Busy: s.work.busy()}
 	if s.unmapped != nil {
 		st.NotIDMapped = s.unmapped.Error()
 	}

@@ -378,7 +378,11 @@ func TestUpperFileInUse(t *testing.T) {
 		if err := unix.Mount(r.upperMount(id), elsewhere, "", unix.MS_BIND, ""); err != nil {
 			return err
 		}
-		defer unix.Unmount(elsewhere, unix.MNT_DETACH)
+		defer func() {
+			if err := unmountAll(elsewhere); err != nil {
+				t.Error(err)
+			}
+		}()
 		if err := write("data", make([]byte, 8<<20))(root); err != nil {
 			return err
 		}
