@@ -56,7 +56,7 @@ lint: $(LINTER) ## run golangci-lint
 	$(LINTER) run ./...
 
 .PHONY: bench
-bench: build peers bench-prerequisites ## pulls beside containerd's and skopeo's, deflate, stages, memory (ROUNDS=5 GB=10 KINDS=gantry,skopeo ONLY=pull,wide,large,stored,small,tail,deflate,stages,memory,gc; all of it takes half an hour)
+bench: build peers bench-prerequisites ## pulls, starts and reads beside containerd's and skopeo's, deflate, stages, memory (ROUNDS=5 GB=10 KINDS=gantry,skopeo ONLY=pull,wide,large,stored,small,tail,deflate,stages,memory,gc,start,read; all of it takes half an hour)
 	go run ./integration/bench -rounds $(or $(ROUNDS),5) -gb $(or $(GB),10) $(if $(ONLY),-only $(ONLY)) $(if $(KINDS),-kinds $(KINDS))
 
 # Installed when missing and we may. The bench goes on without them, and says what it did not measure. mkfs.erofs is `make erofs-utils`'s.

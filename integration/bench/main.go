@@ -12,6 +12,8 @@
 //	stages  what each stage of a pull costs for a byte, and what that predicts for more cores
 //	memory  10 GB in all at full speed, and how much memory gantryd took at most
 //	gc      the longest calls while twenty images are pulled and removed at once and containerd collects garbage
+//	start   starting a container of an image that is there
+//	read    reading an image's files
 package main
 
 import (
@@ -40,11 +42,13 @@ var scenarios = map[string]func(*bench, context.Context) error{
 	"stages":  (*bench).stages,
 	"memory":  (*bench).memory,
 	"gc":      (*bench).collect,
+	"start":   (*bench).start,
+	"read":    (*bench).read,
 }
 
 func main() {
 	rounds := flag.Int("rounds", 5, "pulls of each kind")
-	only := flag.String("only", "pull,wide,large,stored,small,tail,deflate,stages,memory,gc", "what to measure, separated by commas")
+	only := flag.String("only", "pull,wide,large,stored,small,tail,deflate,stages,memory,gc,start,read", "what to measure, separated by commas")
 	own := flag.Bool("own-disk", false, "pull to the machine's own disk, not to a new file system for each pull")
 	kinds := flag.String("kinds", "", "who takes part in large, stored, small and gc, separated by commas; empty: everybody")
 	total := flag.Int64("gb", 10, "how many GB the memory scenario pulls in all")
