@@ -31,7 +31,7 @@ func TestDebian(t *testing.T) {
 		t.Run(suite, func(t *testing.T) {
 			spec := harness.ImageSpec{Config: ocispec.ImageConfig{Env: []string{"PATH=/usr/bin:/usr/sbin:/bin:/sbin"}}}
 			for _, tar := range debianTars(t, suite) {
-				spec.Layers = append(spec.Layers, harness.LayerSpec{Tar: func(w io.Writer) error { return copyFile(w, tar) }})
+				spec.Layers = append(spec.Layers, harness.LayerSpec{Tar: func(w io.Writer) error { return copyFile(w, tar) }, Compression: harness.GzipFast})
 			}
 			spec.Layers = append(spec.Layers, harness.LayerSpec{Tar: harness.Entries(harness.File("etc/gantry", "over Debian"), harness.File("usr/share/.wh.common-licenses", ""))})
 			im, ref := push(t, r, r.Host(), "debian-"+suite, spec)
