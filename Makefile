@@ -21,6 +21,7 @@ OLDER := v2.2 v2.3
 OLDER_BINS := $(foreach line,$(OLDER),$(addprefix $(PEERS)/$(line)/,containerd ctr containerd-shim-runc-v2))
 BUILDKIT_BINS := $(addprefix $(PEERS)/,buildkitd buildctl)
 PACKLAYER := $(PEERS)/packlayer
+KUBELET := $(PEERS)/kubelet
 LINTER := $(PEERS)/golangci-lint
 
 .PHONY: help
@@ -50,6 +51,19 @@ test-integration: build peers prerequisites ## run the tests against containerd,
 .PHONY: corpus-random
 corpus-random: ## compare random hostile layers with overlayfs, in each mode (root; FOR=10m SEED=1)
 	go test -count=1 -v -timeout 0 -run 'TestRandomCorpus$$' ./snapshotter -args -corpus.for=$(or $(FOR),10m) -corpus.seed=$(or $(SEED),1) | grep -vE '^ *(=== |--- PASS)|level='
+
+# A target of its own, with a file of its own tag: whoever runs `make test` need not build Kubernetes.
+.PHONY: test-kubelet
+test-kubelet: build peers $(KUBELET) kubelet-prerequisites ## have a real kubelet run pods on gantry (root; builds it once, some minutes)
+	go test -count=1 -timeout 10m -tags kubelet -run '^TestKubelet$$' $(if $(V),-v) ./integration
+
+# The sandboxes of a kubelet need a runc with seccomp, which the peers' is built without.
+.PHONY: kubelet-prerequisites
+kubelet-prerequisites: ## install what the kubelet needs from Debian (runc)
+	@if ! [ -x /usr/sbin/runc ] && [ "$$(id -u)" = 0 ]; then \
+		apt-get update -q && apt-get install -qy --no-install-recommends runc; \
+	fi
+	@[ -x /usr/sbin/runc ] || { echo "runc is missing: apt-get install runc" >&2; exit 1; }
 
 .PHONY: lint
 lint: $(LINTER) ## run golangci-lint
@@ -114,6 +128,12 @@ $(PACKLAYER): $(wildcard integration/formats/*.go) integration/formats/go.mod
 	@mkdir -p $(PEERS)
 	@echo "build $(@F)"
 	@cd integration/formats && CGO_ENABLED=0 go build -trimpath -ldflags '-s -w' -o $@ .
+
+$(KUBELET): integration/peers/kubelet/go.mod
+	@mkdir -p $(PEERS)
+	@echo "build $(@F)"
+	@cd $(<D) && CGO_ENABLED=0 go build -trimpath -ldflags '-s -w' -o $@ k8s.io/kubernetes/cmd/kubelet
+	@touch $@
 
 $(LINTER): integration/lint/go.mod
 	@mkdir -p $(PEERS)

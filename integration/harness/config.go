@@ -75,7 +75,8 @@ runtime_type = 'io.containerd.runc.v2'
 
 [plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes.runc.options]
 Root = '{{.Dir}}/runc'
-{{end}}
+{{if .Runc}}BinaryName = '{{.Runc}}'
+{{end}}{{end}}
 {{.Extra}}`))
 
 // gantrydConfig is the same for gantryd, with the keys of gantry's own plugin/config.
@@ -95,8 +96,8 @@ credentials = '{{.Dir}}/docker.json'
 {{.Extra}}`))
 
 type containerdValues struct {
-	Dir, DropIn, GCDelay, Line, Extra string
-	CRI, Erofs                        bool
+	Dir, DropIn, GCDelay, Line, Runc, Extra string
+	CRI, Erofs                              bool
 }
 
 type gantrydValues struct{ Dir, ContainerdKeys, Extra string }

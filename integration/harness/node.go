@@ -28,6 +28,7 @@ const (
 type Options struct {
 	Snapshotter     string // Gantry (default), Overlayfs or Erofs
 	CRI             bool   // with containerd's CRI plugin
+	Runc            string // another runc than the peers', for pods; its path
 	Line            string // of containerd: "2.2" or "2.3" for the newest of an older one
 	ContainerdExtra string // TOML after containerd's configuration
 	ContainerdKeys  string // TOML inside gantryd's table [containerd]
@@ -96,7 +97,7 @@ func (n *Node) start(ctx context.Context) error {
 	}
 	config, err := render(containerdConfig, containerdValues{
 		Dir: n.Dir, DropIn: n.dropIn(), GCDelay: n.options.GCDelay.String(), CRI: n.options.CRI,
-		Line: n.options.Line, Erofs: n.Snapshotter == Erofs, Extra: n.options.ContainerdExtra,
+		Line: n.options.Line, Runc: n.options.Runc, Erofs: n.Snapshotter == Erofs, Extra: n.options.ContainerdExtra,
 	})
 	if err != nil {
 		return err
