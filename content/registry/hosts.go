@@ -146,6 +146,7 @@ type blobKey struct {
 	repository string
 	digest     digest.Digest
 	size       int64
+	manifest   bool // it is served as a manifest is
 }
 
 func newEndpoint(asked string, rh docker.RegistryHost, o Options) *endpoint {

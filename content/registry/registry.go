@@ -130,6 +130,16 @@ func (r *Registry) Close() error {
 // are ErrFailedPrecondition, naming the file; no host that may serve pulls is
 // ErrNotFound.
 func (r *Registry) Sources(ctx context.Context, host, repository string, d digest.Digest, size int64) ([]*Source, error) {
+	return r.sources(ctx, host, blobKey{repository: repository, digest: d, size: size})
+}
+
+// ManifestSources is Sources for a manifest or an index, which registries serve by another path than blobs.
+func (r *Registry) ManifestSources(ctx context.Context, host, repository string, d digest.Digest, size int64) ([]*Source, error) {
+	return r.sources(ctx, host, blobKey{repository: repository, digest: d, size: size, manifest: true})
+}
+
+func (r *Registry) sources(ctx context.Context, host string, key blobKey) ([]*Source, error) {
+	repository, d, size := key.repository, key.digest, key.size
 	if err := validName(host, repository); err != nil {
 		return nil, err
 	}
@@ -145,7 +155,7 @@ func (r *Registry) Sources(ctx context.Context, host, repository string, d diges
 	}
 	var sources []*Source
 	for _, ep := range set.endpoints {
-		s, err := ep.source(blobKey{repository, d, size})
+		s, err := ep.source(key)
 		if err != nil {
 			return nil, err
 		}
@@ -269,8 +279,12 @@ func validName(host, repository string) error {
 
 // blobURL is where an endpoint has a blob. Mirrors are told which registry they
 // stand for, the way containerd tells them.
-func blobURL(ep *endpoint, repository string, d digest.Digest) *url.URL {
-	u := &url.URL{Scheme: ep.scheme, Host: ep.host, Path: path.Join("/", ep.path, repository, "blobs", d.String())}
+func blobURL(ep *endpoint, key blobKey) *url.URL {
+	kind := "blobs"
+	if key.manifest {
+		kind = "manifests"
+	}
+	u := &url.URL{Scheme: ep.scheme, Host: ep.host, Path: path.Join("/", ep.path, key.repository, kind, key.digest.String())}
 	if ep.proxies != "" {
 		u.RawQuery = url.Values{"ns": {ep.proxies}}.Encode()
 	}

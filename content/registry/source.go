@@ -7,12 +7,15 @@ import (
 	"io"
 	"net/http"
 	"net/url"
+	"strings"
 	"sync"
 	"time"
 
+	"github.com/containerd/containerd/v2/core/images"
 	"github.com/containerd/errdefs"
 	"github.com/containerd/log"
 	digest "github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"github.com/gantryd/gantry/content/transfer"
 )
@@ -44,6 +47,7 @@ type Source struct {
 	url    *url.URL
 	digest digest.Digest
 	size   int64
+	accept string
 	turn   chan struct{} // holds one token while somebody finds the place
 
 	mu     sync.Mutex
@@ -53,6 +57,12 @@ type Source struct {
 
 var _ transfer.Source = (*Source)(nil)
 
+// manifestTypes are what a digest of an image may name.
+var manifestTypes = strings.Join([]string{
+	ocispec.MediaTypeImageManifest, ocispec.MediaTypeImageIndex,
+	images.MediaTypeDockerSchema2Manifest, images.MediaTypeDockerSchema2ManifestList,
+}, ", ")
+
 // place is where a redirect led. Only on the host's own origin may
 // Authorization and the headers of hosts.toml be sent.
 type place struct {
@@ -61,11 +71,15 @@ type place struct {
 }
 
 func newSource(ep *endpoint, a *auth, b blobKey) (*Source, error) {
-	u := blobURL(ep, b.repository, b.digest)
+	u := blobURL(ep, b)
 	if _, err := url.Parse(u.String()); err != nil {
 		return nil, fmt.Errorf("blob %s: address at %s: %w: %w", b.digest, ep.name, errdefs.ErrFailedPrecondition, err)
 	}
-	return &Source{ep: ep, auth: a, url: u, digest: b.digest, size: b.size, turn: make(chan struct{}, 1)}, nil
+	accept := "*/*"
+	if b.manifest {
+		accept = manifestTypes + ", */*" // some registries send only what is named
+	}
+	return &Source{ep: ep, auth: a, url: u, digest: b.digest, size: b.size, accept: accept, turn: make(chan struct{}, 1)}, nil
 }
 
 // Host names the host, and its path where that is not the usual one.
@@ -271,7 +285,7 @@ func (s *Source) send(ctx context.Context, to *place, asked span) (*reply, error
 	if req.Header.Get("User-Agent") == "" {
 		req.Header.Set("User-Agent", s.ep.opts.UserAgent)
 	}
-	req.Header.Set("Accept", "*/*")
+	req.Header.Set("Accept", s.accept)
 	req.Header.Set("Accept-Encoding", "identity")
 	if asked.n < s.size {
 		req.Header.Set("Range", fmt.Sprintf("bytes=%d-%d", asked.off, asked.off+asked.n-1))
