@@ -11,8 +11,9 @@
 // that has to be mounted.
 //
 // Names, parents and labels are kept by containerd's core/snapshots/storage in
-// metadata.db. Everything else about a snapshot is read from its folder, so it
-// survives a restart:
+// metadata.db, of which metadata.db.saved is a copy that was found sound, at most
+// seconds old (database.go). Everything else about a snapshot is read from its
+// folder, so it survives a restart:
 //
 //	snapshots/<id>/upper, work  where a container or a differ writes
 //	snapshots/<id>/upper.ext4   the same, in a file of Options.UpperSize
@@ -128,6 +129,7 @@ type Snapshotter struct {
 
 	locks   keyLocks
 	work    *worker
+	saver   *saver // nil where nothing is changed
 	cleanMu chan struct{}
 
 	closeOnce sync.Once
@@ -158,15 +160,14 @@ func New(ctx context.Context, root string, layers *layer.Cache, o Options) (_ *S
 	if s.keep == 0 {
 		s.keep = defaultKeepLayers
 	}
-	s.ms, err = storage.NewMetaStore(filepath.Join(root, "metadata.db"), func(o *bolt.Options) error {
-		o.Timeout = databaseWait
-		// The list of free pages is made again at start, which reads the whole of a small file, and not written with
-		// each transaction: an eighth less time for one (median of 500 in turns, ext4).
-		o.NoFreelistSync = true
-		return nil
-	})
-	if err != nil {
-		return nil, fmt.Errorf("snapshots in %s: %w", root, err)
+	// bbolt panics over some damage, and an empty database would make leftovers of all snapshots.
+	if err := VerifyDatabase(root); errdefs.IsDataLoss(err) {
+		return nil, fmt.Errorf("%w; run gantry check --repair", err)
+	} else if err != nil {
+		return nil, err
+	}
+	if s.ms, err = openStore(root); err != nil {
+		return nil, err
 	}
 	defer func() {
 		if retErr != nil {
@@ -175,7 +176,7 @@ func New(ctx context.Context, root string, layers *layer.Cache, o Options) (_ *S
 	}()
 	tree, err := s.loadTree(ctx)
 	if err != nil {
-		return nil, fmt.Errorf("open %s/metadata.db (does another gantryd use this root?): %w", root, err)
+		return nil, fmt.Errorf("open %s/metadata.db (does another gantryd use this root? if not, run gantry check): %w", root, err)
 	}
 	if s.mode, s.reason, err = chooseMode(ctx, root, o.Mount); err != nil {
 		return nil, err
@@ -192,8 +193,40 @@ func New(ctx context.Context, root string, layers *layer.Cache, o Options) (_ *S
 		return nil, err
 	}
 	s.work = newWorker(ctx)
+	s.startSaver(ctx)
 	s.resume(ctx, tree)
 	return s, nil
+}
+
+// Inspect opens the snapshotter in root to look at it, without a change to what is there: nothing is tidied, mounted or
+// saved. No gantryd may use the root. Of the result only Check, CheckDatabase, LayerFiles, Identify, Order and Close may
+// be called.
+func Inspect(ctx context.Context, root string, layers *layer.Cache) (*Snapshotter, error) {
+	root, err := prepareRoot(root)
+	if err != nil {
+		return nil, err
+	}
+	s := &Snapshotter{layout: layout{root: root}, layers: layers, cleanMu: make(chan struct{}, 1)}
+	if s.ms, err = openStore(root); err != nil {
+		return nil, err
+	}
+	s.work = newWorker(ctx)
+	return s, nil
+}
+
+// openStore opens the database of a root, which the caller has verified.
+func openStore(root string) (*storage.MetaStore, error) {
+	ms, err := storage.NewMetaStore(layout{root: root}.database(), func(o *bolt.Options) error {
+		o.Timeout = databaseWait
+		// The list of free pages is made again at start, which reads the whole of a small file, and not written with
+		// each transaction: an eighth less time for one (median of 500 in turns, ext4).
+		o.NoFreelistSync = true
+		return nil
+	})
+	if err != nil {
+		return nil, fmt.Errorf("snapshots in %s: %w", root, err)
+	}
+	return ms, nil
 }
 
 // prepareRoot creates the folders and returns root without symlinks, because
@@ -291,6 +324,7 @@ func (s *Snapshotter) Remove(ctx context.Context, key string) error {
 func (s *Snapshotter) Close() error {
 	s.closeOnce.Do(func() {
 		s.work.stop()
+		s.saver.stop()
 		s.closeErr = s.ms.Close()
 	})
 	return s.closeErr

@@ -32,5 +32,6 @@ func (s *Snapshotter) update(ctx context.Context, fn func(context.Context) error
 	if err != nil {
 		return fmt.Errorf("commit the transaction: %w", err)
 	}
+	s.databaseChanged()
 	return nil
 }
