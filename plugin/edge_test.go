@@ -89,7 +89,7 @@ func TestEdge(t *testing.T) {
 			// Twice: a call that failed must not end the server.
 			for range 2 {
 				_, err := status.Get(ctx, conn)
-				check(t, "unary", err, tc.want, tc.text)
+				checkStatus(t, "unary", err, tc.want, tc.text)
 				s, err := conn.NewStream(ctx, &grpc.StreamDesc{ServerStreams: true}, "/test/S")
 				if err != nil {
 					t.Fatal(err)
@@ -100,7 +100,7 @@ func TestEdge(t *testing.T) {
 				if err = s.RecvMsg(nil); errors.Is(err, io.EOF) {
 					err = nil
 				}
-				check(t, "stream", err, tc.want, tc.text)
+				checkStatus(t, "stream", err, tc.want, tc.text)
 			}
 			if name == "panic" && !strings.Contains(out.String(), "edge_test.go") {
 				t.Errorf("the log has no stack: %s", out.String())
@@ -109,7 +109,7 @@ func TestEdge(t *testing.T) {
 	}
 }
 
-func check(t *testing.T, what string, err error, want codes.Code, text string) {
+func checkStatus(t *testing.T, what string, err error, want codes.Code, text string) {
 	t.Helper()
 	if code := grpcstatus.Code(err); code != want || (err != nil && !strings.Contains(err.Error(), text)) {
 		t.Errorf("%s: got %v, want %v with %q", what, err, want, text)

@@ -21,6 +21,7 @@ import (
 	"github.com/gantryd/gantry/content/registry"
 	"github.com/gantryd/gantry/content/sha256x2"
 	"github.com/gantryd/gantry/content/transfer"
+	"github.com/gantryd/gantry/plugin/check"
 	"github.com/gantryd/gantry/plugin/config"
 	"github.com/gantryd/gantry/plugin/contentservice"
 	"github.com/gantryd/gantry/plugin/pull"
@@ -67,6 +68,8 @@ func registrations() cplugin.Registry {
 		{Type: plugins.GRPCPlugin, ID: "snapshots", InitFn: serveSnapshots, Requires: []cplugin.Type{plugins.SnapshotPlugin}},
 		{Type: plugins.GRPCPlugin, ID: "diff", InitFn: serveDiff, Requires: []cplugin.Type{plugins.DiffPlugin}},
 		{Type: plugins.GRPCPlugin, ID: "restore", InitFn: serveRestore, Requires: []cplugin.Type{plugins.ContentPlugin}},
+		{Type: plugins.GRPCPlugin, ID: "check", InitFn: serveCheck,
+			Requires: []cplugin.Type{ContainerdPlugin, LayerPlugin, TransferPlugin, PullPlugin, plugins.ContentPlugin, plugins.SnapshotPlugin}},
 		{Type: plugins.GRPCPlugin, ID: "status", InitFn: serveStatus,
 			Requires: []cplugin.Type{TransferPlugin, PullPlugin, plugins.ContentPlugin, plugins.SnapshotPlugin}},
 	} {
@@ -231,6 +234,14 @@ func serveRestore(ic *cplugin.InitContext) (any, error) {
 		return nil, err
 	}
 	return service(func(s *grpc.Server) { restore.Register(s, restorer{store}) }), nil
+}
+
+func serveCheck(ic *cplugin.InitContext) (any, error) {
+	c, err := newChecker(ic)
+	if err != nil {
+		return nil, err
+	}
+	return service(func(s *grpc.Server) { check.Register(s, c) }), nil
 }
 
 func serveStatus(ic *cplugin.InitContext) (any, error) {

@@ -24,7 +24,7 @@ import (
 const (
 	exitOK     = 0
 	exitFailed = 1
-	exitUsage  = 2 // a bad command line or configuration
+	exitUsage  = 2 // a bad command line or configuration, or a check that could not be made
 )
 
 const usage = `gantry tells what gantryd is doing, and containerd what it needs to use it.
@@ -32,6 +32,7 @@ const usage = `gantry tells what gantryd is doing, and containerd what it needs 
 Usage:
   gantry [--config FILE] status [--json]    transfers and unpacks under way, and where the last layers' time went
   gantry [--config FILE] pull REF           pull an image through containerd, or only fetch it where containerd does not run
+  gantry [--config FILE] check [--repair]   verify all that gantryd keeps; with --repair, cure what is broken
   gantry [--config FILE] content restore    fetch again what gantryd has discarded (content.retain)
   gantry [--config FILE] config containerd  print a drop-in for the imports of containerd's configuration
   gantry help [COMMAND]
@@ -39,7 +40,8 @@ Usage:
 
 FILE is gantryd's configuration. Without --config, ` + config.DefaultPath + ` is read if it exists.
 --config may also follow the command.
-Exit codes: 0, 1 after a failure (gantryd is not running, ...), 2 for a bad command line or configuration.
+Exit codes: 0, 1 after a failure (gantryd is not running, ...), 2 for a bad command line or configuration, and for a check
+that could not be made.
 `
 
 // command is one thing that gantry does.
@@ -55,7 +57,7 @@ type command struct {
 }
 
 func commands() []command {
-	return []command{statusCommand, pullCommand, restoreCommand, containerdCommand}
+	return []command{statusCommand, pullCommand, checkCommand, restoreCommand, containerdCommand}
 }
 
 // usageError is a mistake in the command line.
@@ -87,6 +89,9 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 		return exitUsage
 	}
 	if _, ok := errors.AsType[configError](err); ok {
+		return exitUsage
+	}
+	if _, ok := errors.AsType[uncheckedError](err); ok {
 		return exitUsage
 	}
 	return exitFailed

@@ -3,20 +3,16 @@
 //
 // The events travel as JSON within well-known protobuf types, as those of plugin/status do:
 //
-//	gantry.v1.Content/Restore (google.protobuf.Empty) -> stream of google.protobuf.BytesValue
+//	gantry.v1.Content/Restore (google.protobuf.BytesValue) -> stream of google.protobuf.BytesValue
 package restore
 
 import (
 	"context"
-	"encoding/json"
-	"errors"
-	"fmt"
-	"io"
 
 	"github.com/opencontainers/go-digest"
 	"google.golang.org/grpc"
-	"google.golang.org/protobuf/types/known/emptypb"
-	"google.golang.org/protobuf/types/known/wrapperspb"
+
+	"github.com/gantryd/gantry/plugin/stream"
 )
 
 const (
@@ -56,47 +52,13 @@ func Register(r grpc.ServiceRegistrar, s Server) { r.RegisterService(&desc, s) }
 var desc = grpc.ServiceDesc{
 	ServiceName: serviceName,
 	HandlerType: (*Server)(nil),
-	Streams:     []grpc.StreamDesc{{StreamName: "Restore", ServerStreams: true, Handler: handle}},
-}
-
-func handle(srv any, stream grpc.ServerStream) error {
-	if err := stream.RecvMsg(&emptypb.Empty{}); err != nil {
-		return err
-	}
-	return srv.(Server).Restore(stream.Context(), func(e Event) error {
-		data, err := json.Marshal(e)
-		if err != nil {
-			return fmt.Errorf("encode an event: %w", err)
-		}
-		return stream.SendMsg(wrapperspb.Bytes(data))
-	})
+	Streams: []grpc.StreamDesc{stream.Desc("Restore", func(ctx context.Context, srv any, _ struct{}, send func(Event) error) error {
+		return srv.(Server).Restore(ctx, send)
+	})},
 }
 
 // Call has the gantryd that conn leads to bring all blobs back and passes its events on. When ctx ends the restore ends
 // too; what was fetched is kept. The error is each's, or a gRPC status: Unavailable if nothing listens there.
 func Call(ctx context.Context, conn grpc.ClientConnInterface, each func(Event) error) error {
-	ctx, cancel := context.WithCancel(ctx)
-	defer cancel()
-	stream, err := conn.NewStream(ctx, &desc.Streams[0], restoreMethod)
-	if err != nil {
-		return err
-	}
-	if err := errors.Join(stream.SendMsg(&emptypb.Empty{}), stream.CloseSend()); err != nil {
-		return err
-	}
-	for {
-		msg := &wrapperspb.BytesValue{}
-		if err := stream.RecvMsg(msg); errors.Is(err, io.EOF) {
-			return nil
-		} else if err != nil {
-			return err
-		}
-		var e Event
-		if err := json.Unmarshal(msg.GetValue(), &e); err != nil {
-			return fmt.Errorf("decode an event: %w", err)
-		}
-		if err := each(e); err != nil {
-			return err
-		}
-	}
+	return stream.Call(ctx, conn, &desc.Streams[0], restoreMethod, struct{}{}, each)
 }
