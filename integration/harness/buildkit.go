@@ -20,6 +20,8 @@ var buildkitConfig = template.Must(template.New("buildkitd").Parse(`root = '{{.D
 insecure-entitlements = ['security.insecure']
 [grpc]
 address = ['unix://{{.Dir}}/b.sock']
+[otel]
+socketPath = '{{.Dir}}/otel.sock'
 [worker.oci]
 enabled = false
 [worker.containerd]
