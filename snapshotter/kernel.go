@@ -162,6 +162,18 @@ func tryLoop(control, backing *os.File, kind loopKind) (*os.File, error) {
 	return dev, nil
 }
 
+// loopHas returns an error unless the loop device has the file.
+func loopHas(dev, file string) error {
+	b, err := os.ReadFile(filepath.Join("/sys/block", filepath.Base(dev), "loop/backing_file"))
+	if err != nil {
+		return err
+	}
+	if got := strings.TrimSuffix(string(b), "\n"); got != file {
+		return fmt.Errorf("%s has %s instead of %s: %w", dev, got, file, errdefs.ErrNotFound)
+	}
+	return nil
+}
+
 // findLoop returns the loop device that has the file, which is named by the
 // path that the kernel knows it by; "" if there is none.
 func findLoop(file string) (string, error) {
@@ -171,8 +183,8 @@ func findLoop(file string) (string, error) {
 	}
 	for _, name := range names {
 		// One that is detached meanwhile has no such file any more.
-		if b, err := os.ReadFile(name); err == nil && strings.TrimSuffix(string(b), "\n") == file {
-			return "/dev/" + filepath.Base(filepath.Dir(filepath.Dir(name))), nil
+		if dev := "/dev/" + filepath.Base(filepath.Dir(filepath.Dir(name))); loopHas(dev, file) == nil {
+			return dev, nil
 		}
 	}
 	return "", nil

@@ -39,7 +39,10 @@ func (s *Snapshotter) openUpper(ctx context.Context, snap storage.Snapshot, f fo
 	case s.hasUpperFile(snap.ID):
 		err = s.remountUpper(ctx, snap.ID)
 	case f.fileSize > 0:
-		err = s.newUpperFile(ctx, snap.ID, f.fileSize)
+		var settle func()
+		if settle, err = s.newUpperFile(ctx, snap.ID, f.fileSize); err == nil {
+			defer settle() // it holds up what is written meanwhile
+		}
 	}
 	if err != nil || exists(s.upper(snap.ID)) {
 		return err
@@ -53,12 +56,13 @@ func (s *Snapshotter) openUpper(ctx context.Context, snap storage.Snapshot, f fo
 	return s.chownUpper(ctx, snap.ID, snap.ParentIDs, f.ids)
 }
 
-// newUpperFile makes and mounts one. The caller holds the lock of id.
-func (s *Snapshotter) newUpperFile(ctx context.Context, id string, size int64) error {
+// newUpperFile makes and mounts one. The caller holds the lock of id, and calls
+// settle when the file is ready for use.
+func (s *Snapshotter) newUpperFile(ctx context.Context, id string, size int64) (settle func(), err error) {
 	if err := s.uppers.make(ctx, s.upperFile(id), size); err != nil {
-		return err
+		return nil, err
 	}
-	return s.mountUpper(ctx, id)
+	return s.attachUpper(ctx, id, true)
 }
 
 // remountUpper mounts the upper file of an active snapshot if it is not mounted. The
@@ -83,7 +87,11 @@ func (s *Snapshotter) remountUpper(ctx context.Context, id string) error {
 		if size < MinUpperSize || size > MaxUpperSize {
 			size = s.uppers.size
 		}
-		return s.newUpperFile(ctx, id, size)
+		settle, err := s.newUpperFile(ctx, id, size)
+		if err == nil {
+			settle()
+		}
+		return err
 	}
 	return s.mountUpper(ctx, id)
 }
@@ -105,39 +113,50 @@ func (s *Snapshotter) openCommitted(ctx context.Context, id string) error {
 	return s.mountUpper(ctx, id)
 }
 
-// mountUpper mounts an upper file. The caller holds the lock of id. A file that
+// mountUpper mounts an upper file. The caller holds the lock of id.
+func (s *Snapshotter) mountUpper(ctx context.Context, id string) error {
+	settle, err := s.attachUpper(ctx, id, false)
+	if err == nil {
+		settle()
+	}
+	return err
+}
+
+// attachUpper mounts an upper file. The caller holds the lock of id. A file that
 // already has a loop device is mounted from that: two would each think that
 // the file is theirs alone. That happens when only the mount point was taken
-// away, and a container's own mount still holds the file.
-func (s *Snapshotter) mountUpper(ctx context.Context, id string) error {
+// away, and a container's own mount still holds the file. A fresh file has none,
+// and is not looked for: that takes long where there are many.
+func (s *Snapshotter) attachUpper(ctx context.Context, id string, fresh bool) (settle func(), err error) {
 	file, target := s.upperFile(id), s.upperMount(id)
 	if err := os.Mkdir(target, 0o700); err != nil && !errors.Is(err, fs.ErrExist) {
-		return err
+		return nil, err
 	}
-	used, err := findLoop(file)
-	if err != nil {
-		return err
+	used := ""
+	if !fresh {
+		if used, err = findLoop(file); err != nil {
+			return nil, err
+		}
 	}
 	if used != "" {
 		err := unix.Mount(used, target, "ext4", 0, upperFileOptions)
 		if err == nil {
-			return nil
+			return func() {}, nil
 		}
 		if still, _ := findLoop(file); still != "" {
-			return fmt.Errorf("mount %s, which has %s, on %s: %w", used, file, target, err)
+			return nil, fmt.Errorf("mount %s, which has %s, on %s: %w", used, file, target, err)
 		}
 	}
 	dev, err := mountUpperFile(ctx, file, target)
 	if err != nil {
-		return err
+		return nil, err
 	}
-	if s.work == nil { // New looks for what a crash has left
-		return dev.Close()
-	}
-	if err := s.work.submit(func(ctx context.Context) { s.settleUpper(ctx, id, dev) }); err != nil {
-		return errors.Join(err, dev.Close())
-	}
-	return nil
+	return func() {
+		// Without a worker New looks for what a crash has left.
+		if s.work == nil || s.work.submit(func(ctx context.Context) { s.settleUpper(ctx, id, dev) }) != nil {
+			_ = dev.Close() // the mount keeps it
+		}
+	}, nil
 }
 
 // mountUpperFile returns the loop device; the mount keeps it without the handle.
@@ -202,10 +221,16 @@ func (s *Snapshotter) dropUpperFile(ctx context.Context, id string) error {
 	if !exists(target) && !exists(file) {
 		return nil
 	}
+	find := func() (string, error) { return findLoop(file) }
+	var st unix.Stat_t
+	if s.upperMounted(id) && unix.Lstat(target, &st) == nil { // there may be many devices to look through
+		dev := fmt.Sprintf("/dev/loop%d", unix.Minor(st.Dev))
+		find = func() (string, error) { return dev, loopHas(dev, file) }
+	}
 	if err := unmountAll(target); err != nil {
 		return err
 	}
-	if dev, err := findLoop(file); err == nil && dev != "" {
+	if dev, err := find(); err == nil && dev != "" {
 		if err := clearElsewhere(dev, target); err != nil {
 			log.G(ctx).WithError(err).WithField("snapshot", id).Debug("snapshotter: upper file of a removed snapshot is still in use")
 		}
