@@ -21,6 +21,8 @@ import (
 	"github.com/containerd/containerd/v2/pkg/namespaces"
 	"github.com/containerd/containerd/v2/pkg/rootfs"
 
+	cri "k8s.io/cri-api/pkg/apis/runtime/v1"
+
 	"github.com/gantryd/gantry/integration/harness"
 )
 
@@ -226,4 +228,40 @@ func withoutRemapIDs(t *testing.T, n *harness.Node) {
 	if err := n.StartContainerd(t.Context()); err != nil {
 		t.Fatal(err)
 	}
+}
+
+// TestCRIUserNamespace runs a pod of CRI in a user namespace, as the kubelet does for hostUsers: false.
+func TestCRIUserNamespace(t *testing.T) {
+	needGantry(t)
+	n := newCRI(t, "", harness.Options{})
+	if err := os.Chmod(n.Dir, 0o711); err != nil {
+		t.Fatal(err)
+	}
+	_, ref := push(t, n.registry, n.proxy.Host(), "owned", owned())
+	n.criPull(t, ref)
+	ids := func(host uint32) []*cri.IDMapping { return []*cri.IDMapping{{HostId: host, Length: 65536}} }
+	config := &cri.PodSandboxConfig{
+		Metadata: &cri.PodSandboxMetadata{Name: "mapped", Uid: "uid-mapped", Namespace: "tests"},
+		Linux: &cri.LinuxPodSandboxConfig{SecurityContext: &cri.LinuxSandboxSecurityContext{NamespaceOptions: &cri.NamespaceOption{
+			Network: cri.NamespaceMode_NODE, Pid: cri.NamespaceMode_CONTAINER,
+			UsernsOptions: &cri.UserNamespace{Mode: cri.NamespaceMode_POD, Uids: ids(100000), Gids: ids(200000)},
+		}}},
+	}
+	resp, err := n.RunPodSandbox(t.Context(), &cri.RunPodSandboxRequest{Config: config})
+	if err != nil {
+		t.Fatalf("RunPodSandbox: %v", err)
+	}
+	id := n.container(t, resp.PodSandboxId, config, "mapped", ref)
+	n.exec(t, id, "/helper", "write", "/etc/new", "text")
+	seen := n.exec(t, id, "/helper", "owners", "/")
+	for _, want := range []string{" 1000:1000 1 /home/user/second\n", " 65534:65534 1 /etc/of-last\n", " 0:0 4 /etc/new\n", " 0:0 1 /etc/seed\n", " 0:0 0 /\n"} {
+		if !strings.Contains(seen, want) {
+			t.Errorf("the container sees\n%swant %q in it", seen, want)
+		}
+	}
+	if got := n.exec(t, id, "/helper", "cat", "/proc/self/uid_map"); !strings.Contains(got, "100000") {
+		t.Errorf("not in a user namespace: %q", got)
+	}
+	n.exec(t, id, "/helper", "write", "/home/user/second", "changed")
+	n.removePod(t, resp.PodSandboxId)
 }
