@@ -145,7 +145,9 @@ func (s *Snapshotter) examine(ctx context.Context, id string, h held, mounted []
 		return found
 	}
 	// One in an upper file is made, or mounted again, when its mounts are asked for.
-	if empty, _ := isEmpty(s.dir(id)); h.Kind == snapshots.KindActive && !s.hasUpperFile(id) && !(empty && (s.mode == "" || s.fileSize(ctx, h.Info) > 0)) {
+	empty, _ := isEmpty(s.dir(id))
+	unmade := empty && (s.mode == "" || s.fileSize(ctx, h.Info) > 0)
+	if h.Kind == snapshots.KindActive && !s.hasUpperFile(id) && !unmade {
 		for _, d := range []string{s.upper(id), s.workdir(id)} {
 			if !exists(d) {
 				flaw(PartFolder, d, "", "the folder that a container writes to is gone")

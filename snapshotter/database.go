@@ -161,6 +161,10 @@ func verifyDatabase(path string) (err error) {
 	}
 	defer func() { err = errors.Join(err, db.Close()) }()
 	return db.View(func(tx *bolt.Tx) error {
+		// Before Check, which makes the list of free pages and panics, where nobody can recover, if that fails.
+		if err := readAll(tx); err != nil {
+			return fmt.Errorf("%s: %w: %w", path, err, errdefs.ErrDataLoss)
+		}
 		var first error
 		n := 0
 		for e := range tx.Check() {
@@ -173,6 +177,29 @@ func verifyDatabase(path string) (err error) {
 		}
 		return nil
 	})
+}
+
+// readAll reads every key and value. bbolt panics over a page that is none.
+func readAll(tx *bolt.Tx) (err error) {
+	defer func() {
+		if r := recover(); r != nil {
+			err = fmt.Errorf("a page is damaged: %v", r)
+		}
+	}()
+	var walk func(b *bolt.Bucket) error
+	walk = func(b *bolt.Bucket) error {
+		return b.ForEach(func(k, v []byte) error {
+			if v != nil {
+				return nil
+			}
+			inner := b.Bucket(k)
+			if inner == nil {
+				return fmt.Errorf("bucket %.100q is gone", k)
+			}
+			return walk(inner)
+		})
+	}
+	return tx.ForEach(func(_ []byte, b *bolt.Bucket) error { return walk(b) })
 }
 
 // What bbolt's two meta pages begin with: a page header of 16 bytes, then magic, version, page size and flags of 4 bytes
