@@ -7,6 +7,7 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/containerd/containerd/v2/core/mount"
 	"github.com/moby/sys/mountinfo"
 	"go.uber.org/goleak"
 )
@@ -25,6 +26,10 @@ func run(m *testing.M) int {
 	}
 	defer os.RemoveAll(dir)
 	if err := os.Setenv("TMPDIR", dir); err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		return 1
+	}
+	if err := mount.SetTempMountLocation(filepath.Join(dir, "mounts")); err != nil {
 		fmt.Fprintln(os.Stderr, err)
 		return 1
 	}
