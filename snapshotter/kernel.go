@@ -61,10 +61,12 @@ func mountTar(ctx context.Context, mode Mode, index, layer, target string) error
 		defer l.Close()
 		index, layer = i.Name(), l.Name()
 	}
-	if err := unix.Mount(index, target, "erofs", unix.MS_RDONLY, "device="+layer); err != nil {
-		return fmt.Errorf("mount %s with device %s on %s: %w", index, layer, target, err)
-	}
-	return nil
+	return mountReadingAhead(func() error {
+		if err := unix.Mount(index, target, "erofs", unix.MS_RDONLY, "device="+layer); err != nil {
+			return fmt.Errorf("mount %s with device %s on %s: %w", index, layer, target, err)
+		}
+		return nil
+	})
 }
 
 // unmount takes away all that is mounted at the mount point of a snapshot, and
