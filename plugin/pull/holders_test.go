@@ -562,3 +562,40 @@ func TestCloseEndsWhoWaits(t *testing.T) {
 		t.Errorf("%d unpacks are left", n)
 	}
 }
+
+// An unpack has closed what it read from when its waiters go on.
+func TestSourcesAreClosedBeforeDone(t *testing.T) {
+	t.Parallel()
+	f := newFixture(t, false)
+	l, id := f.addLayer(t, 1, 1<<10)
+	f.images.put(t, f.blobs[l.Digest])
+	f.Start(t.Context(), f.images)
+	ra, err := f.images.ReaderAt(t.Context(), l)
+	if err != nil {
+		t.Fatal(err)
+	}
+	s := &slowSource{localSource: localSource{ra}}
+	u, err := f.unpack(t.Context(), f.unpackKey("default", l.Digest, l.Size), func() (byteSource, error) { return s, nil })
+	if err != nil {
+		t.Fatal(err)
+	}
+	got, err := f.await(t.Context(), u)
+	if err != nil || got.DiffID != id {
+		t.Fatalf("want %s, got %v, %v", id, got, err)
+	}
+	if !s.closed.Load() {
+		t.Error("its source is still open")
+	}
+}
+
+// slowSource takes its time to close.
+type slowSource struct {
+	localSource
+	closed atomic.Bool
+}
+
+func (s *slowSource) Close() error {
+	time.Sleep(50 * time.Millisecond) // nothing depends on how long
+	s.closed.Store(true)
+	return s.localSource.Close()
+}

@@ -285,14 +285,13 @@ func (p *Puller) run(ctx context.Context, u *unpack) {
 	}
 	p.mu.Unlock()
 	u.mu.Lock()
-	close(u.done)
-	sources = u.sources
-	u.sources = nil
-	u.mu.Unlock()
-	u.cancel(nil)
-	for _, s := range sources {
+	for _, s := range u.sources { // before done: who waited for it may count on that
 		closeSource(s)
 	}
+	u.sources = nil
+	close(u.done)
+	u.mu.Unlock()
+	u.cancel(nil)
 	entry := log.G(ctx).WithField("digest", u.key.blob).WithField("duration", time.Since(u.started).Round(time.Millisecond))
 	if err != nil {
 		entry.WithError(err).Warn("layer not unpacked")
