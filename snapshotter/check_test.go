@@ -1,6 +1,7 @@
 package snapshotter
 
 import (
+	"errors"
 	"os"
 	"path/filepath"
 	"slices"
@@ -315,4 +316,91 @@ func TestRestoreWithoutCopy(t *testing.T) {
 	if left := entries(t, r.mountsDir()); len(left) > 0 {
 		t.Errorf("mounts are left: %v", left)
 	}
+}
+
+// A restoration that is cut short leaves a root on which gantryd does not start: it would take what the copy does not know
+// for leftovers.
+func TestRestoreCutShort(t *testing.T) {
+	r := newRig(t, ModeAuto)
+	names, _ := chained(t, r)
+	if err := r.Close(); err != nil { // saves
+		t.Fatal(err)
+	}
+	saved, err := os.ReadFile(r.saved())
+	if err != nil {
+		t.Fatal(err)
+	}
+	r.open(t)
+	if _, err := r.Prepare(t.Context(), "late", names[1]); err != nil {
+		t.Fatal(err)
+	}
+	late := r.id(t, "late")
+	if err := os.WriteFile(filepath.Join(r.upper(late), "precious"), []byte("data"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := r.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if err := errors.Join(os.WriteFile(r.saved(), saved, 0o600), os.Truncate(r.database(), 4096)); err != nil {
+		t.Fatal(err)
+	}
+	// A mount point cannot be moved.
+	if err := unix.Mount(r.dir(late), r.dir(late), "", unix.MS_BIND, ""); err != nil {
+		t.Fatal(err)
+	}
+	mounted := true
+	unmount := func() {
+		if mounted && unix.Unmount(r.dir(late), 0) == nil {
+			mounted = false
+		}
+	}
+	t.Cleanup(unmount)
+	if _, _, err := RestoreDatabase(t.Context(), r.Snapshotter.root); !errors.Is(err, unix.EBUSY) {
+		t.Fatalf("restored: %v", err)
+	}
+	unmount()
+	if err := VerifyDatabase(r.Snapshotter.root); !errdefs.IsDataLoss(err) {
+		t.Errorf("gantryd starts on half a restoration: %v", err)
+	}
+	if _, n, err := RestoreDatabase(t.Context(), r.Snapshotter.root); err != nil || n != 1 {
+		t.Fatalf("%d lost, %v", n, err)
+	}
+	r.open(t)
+	if found, err := filepath.Glob(filepath.Join(r.Snapshotter.root, lostFolder, "*", late, "upper", "precious")); err != nil || len(found) != 1 {
+		t.Errorf("what was written is gone: %v, %v", found, err)
+	}
+}
+
+// A process that is killed before it has written the copy leaves that to the next one.
+func TestCopyAfterKill(t *testing.T) {
+	r := newRig(t, ModeAuto)
+	names, _ := chained(t, r)
+	if err := r.Close(); err != nil {
+		t.Fatal(err)
+	}
+	saved, err := os.ReadFile(r.saved())
+	if err != nil {
+		t.Fatal(err)
+	}
+	r.open(t)
+	if _, err := r.Prepare(t.Context(), "late", names[1]); err != nil {
+		t.Fatal(err)
+	}
+	if err := r.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(r.saved(), saved, 0o600); err != nil { // as if it had been killed
+		t.Fatal(err)
+	}
+	r.open(t) // in which nothing changes
+	if err := r.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Remove(r.database()); err != nil {
+		t.Fatal(err)
+	}
+	if _, n, err := RestoreDatabase(t.Context(), r.Snapshotter.root); err != nil || n != 0 {
+		t.Errorf("%d snapshots are lost, %v", n, err)
+	}
+	r.open(t)
 }

@@ -60,7 +60,7 @@ func (l layout) unknown(known func(string) bool) ([]string, error) {
 	var names []string
 	for _, dir := range []string{l.snapshotsDir(), l.mountsDir()} {
 		entries, err := os.ReadDir(dir)
-		if err != nil {
+		if err != nil && !errors.Is(err, os.ErrNotExist) {
 			return nil, err
 		}
 		for _, e := range entries {

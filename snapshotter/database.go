@@ -16,6 +16,7 @@ import (
 	"github.com/containerd/log"
 	bolt "go.etcd.io/bbolt"
 	berrors "go.etcd.io/bbolt/errors"
+	"golang.org/x/sys/unix"
 )
 
 // metadata.db is the only file of a root that nothing else can be made from: containerd goes on naming the snapshots in
@@ -42,9 +43,7 @@ type saver struct {
 func (s *Snapshotter) startSaver(ctx context.Context) {
 	ctx, cancel := context.WithCancel(context.WithoutCancel(ctx))
 	s.saver = &saver{changed: make(chan struct{}, 1), cancel: cancel, done: make(chan struct{})}
-	if !exists(s.saved()) {
-		s.databaseChanged()
-	}
+	s.databaseChanged() // since the copy was written, if the last process was killed
 	go func() {
 		defer close(s.saver.done)
 		for s.saver.wait(ctx) {
@@ -97,7 +96,8 @@ func (v *saver) stop() {
 func (s *Snapshotter) saveDatabase(ctx context.Context) (err error) {
 	tmp := s.saved() + ".tmp"
 	defer func() { err = errors.Join(err, removeFile(tmp)) }()
-	if err := s.copyDatabase(ctx, tmp, true); err != nil {
+	err = writeFile(tmp, true, func(w io.Writer) error { return s.copyDatabase(ctx, w) })
+	if err != nil {
 		return err
 	}
 	if err := verifyDatabase(tmp); err != nil {
@@ -110,7 +110,7 @@ func (s *Snapshotter) saveDatabase(ctx context.Context) (err error) {
 }
 
 // copyDatabase writes the database as one transaction sees it. Writers go on meanwhile.
-func (s *Snapshotter) copyDatabase(ctx context.Context, to string, sync bool) error {
+func (s *Snapshotter) copyDatabase(ctx context.Context, to io.Writer) error {
 	_, tx, err := s.ms.TransactionContext(context.WithoutCancel(ctx), false)
 	if err != nil {
 		return err
@@ -120,50 +120,45 @@ func (s *Snapshotter) copyDatabase(ctx context.Context, to string, sync bool) er
 	if !ok {
 		return fmt.Errorf("the database is a %T: %w", tx, errdefs.ErrNotImplemented)
 	}
-	f, err := os.OpenFile(to, os.O_CREATE|os.O_TRUNC|os.O_WRONLY, 0o600)
-	if err != nil {
-		return err
-	}
-	_, err = source.WriteTo(f)
-	if err == nil && sync {
-		err = f.Sync()
-	}
-	return errors.Join(err, f.Close())
+	_, err = source.WriteTo(to)
+	return err
 }
 
-// CheckDatabase verifies a copy of the open database: pages that are written meanwhile would look wrong.
+// CheckDatabase verifies a copy of the open database: pages that are written meanwhile would look wrong. The copy is in
+// memory, about 2 KiB for each snapshot, so that a full disk and a read-only one can be checked.
 func (s *Snapshotter) CheckDatabase(ctx context.Context) (err error) {
-	f, err := os.CreateTemp(s.root, savedName+".check-")
+	fd, err := unix.MemfdCreate(savedName, unix.MFD_CLOEXEC)
 	if err != nil {
+		return fmt.Errorf("memory for a copy of %s: %w", s.database(), err)
+	}
+	f := os.NewFile(uintptr(fd), s.database())
+	defer func() { err = errors.Join(err, f.Close()) }()
+	if err := s.copyDatabase(ctx, f); err != nil {
 		return err
 	}
-	defer func() { err = errors.Join(err, removeFile(f.Name())) }()
-	if err := f.Close(); err != nil {
-		return err
-	}
-	if err := s.copyDatabase(ctx, f.Name(), false); err != nil {
-		return err
-	}
-	return verifyDatabase(f.Name())
+	return verifyDatabaseAt(fmt.Sprintf("/proc/self/fd/%d", fd), s.database())
 }
 
 // verifyDatabase reads all of a database that nobody writes. Whatever is wrong with it is errdefs.ErrDataLoss.
-func verifyDatabase(path string) (err error) {
+func verifyDatabase(path string) error { return verifyDatabaseAt(path, path) }
+
+// verifyDatabaseAt opens the database at path and calls it name.
+func verifyDatabaseAt(path, name string) (err error) {
 	if err := verifySize(path); err != nil {
-		return err
+		return fmt.Errorf("%s %w", name, err)
 	}
 	db, err := bolt.Open(path, 0o600, &bolt.Options{ReadOnly: true, Timeout: databaseWait})
 	if errors.Is(err, berrors.ErrTimeout) {
-		return fmt.Errorf("%s: another gantryd has it open: %w", path, errdefs.ErrFailedPrecondition)
+		return fmt.Errorf("%s: another gantryd has it open: %w", name, errdefs.ErrFailedPrecondition)
 	}
 	if err != nil {
-		return fmt.Errorf("%s: %w: %w", path, err, errdefs.ErrDataLoss)
+		return fmt.Errorf("%s: %w: %w", name, err, errdefs.ErrDataLoss)
 	}
 	defer func() { err = errors.Join(err, db.Close()) }()
 	return db.View(func(tx *bolt.Tx) error {
 		// Before Check, which makes the list of free pages and panics, where nobody can recover, if that fails.
 		if err := readAll(tx); err != nil {
-			return fmt.Errorf("%s: %w: %w", path, err, errdefs.ErrDataLoss)
+			return fmt.Errorf("%s: %w: %w", name, err, errdefs.ErrDataLoss)
 		}
 		var first error
 		n := 0
@@ -173,7 +168,7 @@ func verifyDatabase(path string) (err error) {
 			}
 		}
 		if first != nil {
-			return fmt.Errorf("%s: %d inconsistencies, the first: %s: %w", path, n, first.Error(), errdefs.ErrDataLoss)
+			return fmt.Errorf("%s: %d inconsistencies, the first: %s: %w", name, n, first.Error(), errdefs.ErrDataLoss)
 		}
 		return nil
 	})
@@ -231,7 +226,7 @@ func verifySize(path string) error {
 			if errors.Is(err, io.EOF) {
 				break
 			}
-			return fmt.Errorf("%s: %w: %w", path, err, errdefs.ErrDataLoss)
+			return fmt.Errorf("cannot be read: %w: %w", err, errdefs.ErrDataLoss)
 		}
 		sum := fnv.New64a()
 		_, _ = sum.Write(b[:metaSum])
@@ -241,11 +236,11 @@ func verifySize(path string) error {
 		valid = true
 		pages, page := binary.NativeEndian.Uint64(b[40:]), uint64(binary.NativeEndian.Uint32(b[8:]))
 		if page == 0 || pages > uint64(fi.Size())/page {
-			return fmt.Errorf("%s has %d bytes, its pages take more: it was cut short: %w", path, fi.Size(), errdefs.ErrDataLoss)
+			return fmt.Errorf("has %d bytes, its pages take more: it was cut short: %w", fi.Size(), errdefs.ErrDataLoss)
 		}
 	}
 	if !valid && fi.Size() > 0 { // an empty one is made anew
-		return fmt.Errorf("%s is no database: %w", path, errdefs.ErrDataLoss)
+		return fmt.Errorf("is no database: %w", errdefs.ErrDataLoss)
 	}
 	return nil
 }
@@ -276,41 +271,55 @@ func VerifyDatabase(root string) error {
 }
 
 // RestoreDatabase puts the copy in the place of a broken database. Folders of snapshots that the copy does not know, all
-// of them if there is no good copy, are moved to lost/<time>/ and not removed: a container may be running on one. No
-// gantryd may use the root. saved is when the copy was written, zero if there was none.
+// of them if there is no good copy, are moved to lost/<time>/ and not removed: a container may be running on one. They go
+// first, for a gantryd that starts on a database takes what it does not know for leftovers. No gantryd may use the root.
+// saved is when the copy was written, zero if there was none.
 func RestoreDatabase(ctx context.Context, root string) (saved time.Time, lost int, err error) {
 	l := layout{root: root}
 	lostDir := filepath.Join(root, lostFolder, time.Now().UTC().Format("20060102T150405.000Z"))
 	if err := os.MkdirAll(lostDir, 0o700); err != nil {
 		return saved, 0, err
 	}
-	if err := os.Rename(l.database(), filepath.Join(lostDir, databaseName)); err != nil && !errors.Is(err, iofs.ErrNotExist) {
-		return saved, 0, err
-	}
 	known := map[string]held{}
 	if fi, err := os.Stat(l.saved()); err == nil && verifyDatabase(l.saved()) == nil {
-		if err := copyFile(l.database(), l.saved()); err != nil {
-			return saved, 0, err
-		}
-		if known, err = knownIn(ctx, root); err != nil {
+		if known, err = knownIn(ctx, l.saved()); err != nil {
 			return saved, 0, err
 		}
 		saved = fi.ModTime()
 	}
+	if lost, err = l.setAside(lostDir, known); err != nil {
+		return saved, lost, err
+	}
+	if err := os.Rename(l.database(), filepath.Join(lostDir, databaseName)); err != nil && !errors.Is(err, iofs.ErrNotExist) {
+		return saved, lost, err
+	}
+	if !saved.IsZero() {
+		if err := copyFile(l.database(), l.saved()); err != nil {
+			return saved, lost, err
+		}
+	}
+	return saved, lost, syncDir(lostDir, root)
+}
+
+// setAside moves the folders of snapshots that are not known, durably.
+func (l layout) setAside(to string, known map[string]held) (n int, err error) {
 	entries, err := os.ReadDir(l.snapshotsDir())
-	if err != nil && !errors.Is(err, iofs.ErrNotExist) {
-		return saved, 0, err
+	if errors.Is(err, iofs.ErrNotExist) {
+		return 0, nil
+	}
+	if err != nil {
+		return 0, err
 	}
 	for _, e := range entries {
 		if _, ok := known[e.Name()]; ok {
 			continue
 		}
-		if err := os.Rename(l.dir(e.Name()), filepath.Join(lostDir, e.Name())); err != nil {
-			return saved, lost, err
+		if err := os.Rename(l.dir(e.Name()), filepath.Join(to, e.Name())); err != nil {
+			return n, err
 		}
-		lost++
+		n++
 	}
-	return saved, lost, syncDir(lostDir, filepath.Dir(lostDir), root)
+	return n, syncDir(to, filepath.Dir(to), l.root, l.snapshotsDir())
 }
 
 func copyFile(to, from string) error {
@@ -325,9 +334,10 @@ func copyFile(to, from string) error {
 	})
 }
 
-func knownIn(ctx context.Context, root string) (_ map[string]held, err error) {
-	s := &Snapshotter{layout: layout{root: root}}
-	if s.ms, err = openStore(root); err != nil {
+// knownIn reads a database, which the caller has verified, without a change to it.
+func knownIn(ctx context.Context, path string) (_ map[string]held, err error) {
+	s := &Snapshotter{}
+	if s.ms, err = openStore(path, true); err != nil {
 		return nil, err
 	}
 	all, err := s.loadHeld(ctx)

@@ -72,6 +72,10 @@ func (s *Snapshotter) mendStray(ctx context.Context, f Flaw) (string, error) {
 		return "", err
 	}
 	defer dev.Close()
+	// Its number may be of somebody else's file by now.
+	if !slices.ContainsFunc(idleLoops(s.root), func(l idleLoop) bool { return l.device == f.Path }) {
+		return "", fmt.Errorf("%s is used for something else now: %w", f.Path, errdefs.ErrFailedPrecondition)
+	}
 	return "detached", unix.IoctlSetInt(int(dev.Fd()), unix.LOOP_CLR_FD, 0)
 }
 

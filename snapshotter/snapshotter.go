@@ -166,7 +166,7 @@ func New(ctx context.Context, root string, layers *layer.Cache, o Options) (_ *S
 	} else if err != nil {
 		return nil, err
 	}
-	if s.ms, err = openStore(root); err != nil {
+	if s.ms, err = openStore(s.database(), false); err != nil {
 		return nil, err
 	}
 	defer func() {
@@ -198,51 +198,58 @@ func New(ctx context.Context, root string, layers *layer.Cache, o Options) (_ *S
 	return s, nil
 }
 
-// Inspect opens the snapshotter in root to look at it, without a change to what is there: nothing is tidied, mounted or
-// saved. No gantryd may use the root. Of the result only Check, CheckDatabase, LayerFiles, Identify, Order and Close may
-// be called.
+// Inspect opens the snapshotter in root to look at it, without a change to what is there, which may be read-only. No
+// gantryd may use the root, and the caller has verified its database. Of the result only Check, LayerFiles, Identify,
+// Order and Close may be called. errdefs.ErrNotFound: there is no database, and no snapshots.
 func Inspect(ctx context.Context, root string, layers *layer.Cache) (*Snapshotter, error) {
-	root, err := prepareRoot(root)
+	root, err := resolveRoot(root)
 	if err != nil {
 		return nil, err
 	}
 	s := &Snapshotter{layout: layout{root: root}, layers: layers, cleanMu: make(chan struct{}, 1)}
-	if s.ms, err = openStore(root); err != nil {
+	if fi, err := os.Stat(s.database()); err != nil || fi.Size() == 0 {
+		return nil, fmt.Errorf("%s: %w", s.database(), errors.Join(err, errdefs.ErrNotFound))
+	}
+	if s.ms, err = openStore(s.database(), true); err != nil {
 		return nil, err
 	}
 	s.work = newWorker(ctx)
 	return s, nil
 }
 
-// openStore opens the database of a root, which the caller has verified.
-func openStore(root string) (*storage.MetaStore, error) {
-	ms, err := storage.NewMetaStore(layout{root: root}.database(), func(o *bolt.Options) error {
+// openStore opens a database that the caller has verified.
+func openStore(path string, readOnly bool) (*storage.MetaStore, error) {
+	ms, err := storage.NewMetaStore(path, func(o *bolt.Options) error {
 		o.Timeout = databaseWait
+		o.ReadOnly = readOnly
 		// The list of free pages is made again at start, which reads the whole of a small file, and not written with
 		// each transaction: an eighth less time for one (median of 500 in turns, ext4).
 		o.NoFreelistSync = true
 		return nil
 	})
 	if err != nil {
-		return nil, fmt.Errorf("snapshots in %s: %w", root, err)
+		return nil, fmt.Errorf("snapshots in %s: %w", path, err)
 	}
 	return ms, nil
 }
 
-// prepareRoot creates the folders and returns root without symlinks, because
-// mounts are compared by path.
+// prepareRoot creates the folders and resolves root.
 func prepareRoot(root string) (string, error) {
+	for _, d := range []string{"snapshots", "mnt", "empty"} {
+		if err := os.MkdirAll(filepath.Join(root, d), 0o700); err != nil {
+			return "", err
+		}
+	}
+	return resolveRoot(root)
+}
+
+// resolveRoot returns root without symlinks, because mounts are compared by path.
+func resolveRoot(root string) (string, error) {
 	abs, err := filepath.Abs(root)
 	if err != nil {
 		return "", err
 	}
-	for _, d := range []string{"snapshots", "mnt", "empty"} {
-		if err := os.MkdirAll(filepath.Join(abs, d), 0o700); err != nil {
-			return "", err
-		}
-	}
-	abs, err = filepath.EvalSymlinks(abs)
-	if err != nil {
+	if abs, err = filepath.EvalSymlinks(abs); err != nil {
 		return "", err
 	}
 	// These characters separate or quote mount options.

@@ -606,3 +606,41 @@ func TestUpperFileOnOtherFileSystems(t *testing.T) {
 		})
 	}
 }
+
+// What a container wrote to an upper file that a restored database does not know is kept, too.
+func TestRestoreKeepsUpperFiles(t *testing.T) {
+	r := newFileRig(t)
+	if err := r.Close(); err != nil {
+		t.Fatal(err)
+	}
+	r.open(t)
+	if _, err := r.Prepare(t.Context(), "late", ""); err != nil {
+		t.Fatal(err)
+	}
+	late := r.id(t, "late")
+	if err := os.WriteFile(filepath.Join(r.upper(late), "precious"), []byte("data"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := r.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if err := errors.Join(os.Remove(r.saved()), os.Remove(r.database())); err != nil {
+		t.Fatal(err)
+	}
+	if _, n, err := RestoreDatabase(t.Context(), r.Snapshotter.root); err != nil || n != 1 {
+		t.Fatalf("%d lost, %v", n, err)
+	}
+	r.open(t)
+	found, err := filepath.Glob(filepath.Join(r.Snapshotter.root, lostFolder, "*", late, "upper.ext4"))
+	if err != nil || len(found) != 1 {
+		t.Fatalf("%v, %v", found, err)
+	}
+	at := t.TempDir()
+	if out, err := exec.CommandContext(t.Context(), "mount", "-o", "loop,ro", found[0], at).CombinedOutput(); err != nil {
+		t.Fatalf("%v: %s", err, out)
+	}
+	got, err := os.ReadFile(filepath.Join(at, "upper", "precious"))
+	if uerr := unix.Unmount(at, 0); err != nil || uerr != nil || string(got) != "data" {
+		t.Errorf("it holds %q, %v, %v", got, err, uerr)
+	}
+}
