@@ -88,6 +88,12 @@ func (s *Store) loadIngests() error {
 	for _, e := range entries {
 		dir := filepath.Join(s.root, ingestFolder, e.Name())
 		ing, err := readIngest(dir)
+		if err != nil && s.readOnly {
+			continue // it is found as a stray
+		}
+		if err == nil && !s.readOnly {
+			err = removeFile(ing.path(claimedFile))
+		}
 		if err != nil {
 			// Without its ref nobody could resume or abort it.
 			log.L.WithError(err).WithField("path", dir).Warn("removing an ingest that cannot be resumed")
@@ -111,9 +117,6 @@ func readIngest(dir string) (*ingest, error) {
 		return nil, fmt.Errorf("the folder's name is not the hash of its ref: %w", errdefs.ErrDataLoss)
 	}
 	ing := &ingest{ref: string(ref), dir: dir}
-	if err := removeFile(ing.path(claimedFile)); err != nil {
-		return nil, err
-	}
 	fi, err := os.Lstat(dir)
 	if err != nil {
 		return nil, err

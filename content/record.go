@@ -161,6 +161,9 @@ func (s *Store) loadRecords() error {
 	}
 	for _, a := range entries {
 		if !a.IsDir() { // a record that a crash cut short
+			if s.readOnly {
+				continue
+			}
 			if err := removeFile(filepath.Join(top, a.Name())); err != nil {
 				return err
 			}
@@ -184,7 +187,10 @@ func (s *Store) loadRecord(d digest.Digest, f os.DirEntry) error {
 		log.L.WithError(err).WithField("name", f.Name()).Warn("not a record, ignored in the content store's folder of discarded blobs")
 		return nil
 	}
-	if s.blobs[d] != nil {
+	if b := s.blobs[d]; b != nil && s.readOnly {
+		b.stale = true
+		return nil
+	} else if b != nil {
 		return removeFile(s.recordPath(d))
 	}
 	r, err := s.readRecord(d)

@@ -98,6 +98,9 @@ type Options struct {
 	Observer Observer
 	// Refetcher brings discarded blobs back. Without one they cannot be read.
 	Refetcher Refetcher
+	// ReadOnly opens a store that nobody uses to look at its files: nothing is made or tidied, and only Files, Uses,
+	// CheckRecord, Strays, Info, Discarded, ReaderAt, Path and Close may be called.
+	ReadOnly bool
 	// Isolated is containerd's content sharing policy "isolated": a client follows
 	// only clients of its own namespace.
 	Isolated bool
@@ -116,7 +119,8 @@ type Store struct {
 	giveUp   time.Duration
 	onSync   func(path string) // tests see here what is made durable, and when
 
-	freeing sync.WaitGroup // files without a name that are being closed
+	readOnly bool
+	freeing  sync.WaitGroup // files without a name that are being closed
 
 	// files serialises changes of blobs/. It comes before mu.
 	files sync.Mutex
@@ -148,6 +152,10 @@ func NewStore(root string, o Options) (*Store, error) {
 		leads:    map[leadKey]*lead{},
 		wrote:    map[string]time.Time{},
 	}
+	if o.ReadOnly {
+		s.readOnly = true
+		return s, s.load()
+	}
 	for _, dir := range []string{filepath.Join(blobFolder, digest.Canonical.String()), ingestFolder, discardedFolder} {
 		if err := os.MkdirAll(filepath.Join(root, dir), 0o755); err != nil {
 			return nil, fmt.Errorf("content store: %w", err)
@@ -156,16 +164,21 @@ func NewStore(root string, o Options) (*Store, error) {
 	if err := errors.Join(s.syncFolder(filepath.Join(root, blobFolder)), s.syncFolder(root), s.syncFolder(filepath.Dir(root))); err != nil {
 		return nil, fmt.Errorf("content store: %w", err)
 	}
-	if err := s.loadBlobs(); err != nil {
-		return nil, fmt.Errorf("content store: %w", err)
+	return s, s.load()
+}
+
+// load reads what is there.
+func (s *Store) load() error {
+	for _, part := range []func() error{s.loadBlobs, s.loadRecords, s.loadIngests} {
+		err := part()
+		if s.readOnly && errors.Is(err, os.ErrNotExist) {
+			continue // nothing was ever stored
+		}
+		if err != nil {
+			return fmt.Errorf("content store: %w", err)
+		}
 	}
-	if err := s.loadRecords(); err != nil {
-		return nil, fmt.Errorf("content store: %w", err)
-	}
-	if err := s.loadIngests(); err != nil {
-		return nil, fmt.Errorf("content store: %w", err)
-	}
-	return s, nil
+	return nil
 }
 
 func (s *Store) committed(namespace string, d digest.Digest, size int64) {

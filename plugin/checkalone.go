@@ -4,10 +4,9 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io/fs"
-	"os"
 	"path/filepath"
 	"slices"
+	"syscall"
 
 	"github.com/containerd/containerd/v2/plugins"
 	"github.com/containerd/errdefs"
@@ -16,20 +15,30 @@ import (
 	"github.com/gantryd/gantry/content"
 	"github.com/gantryd/gantry/plugin/check"
 	"github.com/gantryd/gantry/plugin/config"
+	"github.com/gantryd/gantry/plugin/setup"
 	"github.com/gantryd/gantry/snapshotter"
 	"github.com/gantryd/gantry/snapshotter/layer"
 )
 
 // Check checks the stores that c configures where no gantryd runs, and keeps one from starting meanwhile. Without repair
-// it changes nothing but what any start tidies: files that were being written when the last gantryd ended. With repair it
-// is a gantryd that nobody can call. errdefs.ErrFailedPrecondition: a gantryd runs.
+// it changes nothing, and what it reads may be read-only. With repair it is a gantryd that nobody can call.
+// errdefs.ErrFailedPrecondition: a gantryd runs. errdefs.ErrNotFound: there is nothing to check.
 func Check(ctx context.Context, c *config.Config, r check.Request, send func(check.Event) error) (err error) {
-	if _, err := os.Stat(c.Root); errors.Is(err, fs.ErrNotExist) {
-		return fmt.Errorf("there is nothing to check: %w", err)
-	}
-	p, err := occupy(c)
+	p, err := hold(c)
 	if err != nil {
 		return err
+	}
+	if r.Repair {
+		// Tells at once what a daemon would stumble over.
+		if err = p.release(); err == nil {
+			p, err = occupy(c)
+		}
+		if errors.Is(err, syscall.EROFS) {
+			err = fmt.Errorf("%w: nothing can be repaired before it is mounted to be written; gantry check without --repair works", err)
+		}
+		if err != nil {
+			return err
+		}
 	}
 	broken, err := checkClosedDatabase(ctx, c.Root, r.Repair, send)
 	if err == nil && !r.Repair {
@@ -47,13 +56,12 @@ func Check(ctx context.Context, c *config.Config, r check.Request, send func(che
 	if !ok {
 		return fmt.Errorf("a part is missing: %w", errdefs.ErrInternal)
 	}
-	run.alone = true
 	return run.Run(ctx, r, send)
 }
 
 // checker makes one of the daemon's parts.
 func (d *Daemon) checker() (*checker, bool) {
-	c := &checker{}
+	c := &checker{address: d.config.Address, alone: true}
 	all := []bool{
 		take(d, ContainerdPlugin, &c.containerd), take(d, LayerPlugin, &c.layers), take(d, TransferPlugin, &c.transfers),
 		take(d, PullPlugin, &c.puller), take(d, plugins.ContentPlugin, &c.store), take(d, plugins.SnapshotPlugin, &c.snapshots),
@@ -84,6 +92,9 @@ func checkClosedDatabase(ctx context.Context, root string, repair bool, send fun
 	}
 	state := check.Repaired
 	f.Cure = fmt.Sprintf("it is again as it was saved at %s", saved.Format("2006-01-02 15:04:05"))
+	if lost > 0 {
+		f.Cure += ". Images that were pulled and containers that were made since are not in it: start gantryd, remove those containers, run gantry check --repair once more, and pull those images again"
+	}
 	if saved.IsZero() {
 		state = check.Failed
 		f.Cure = "there was no good copy, so it is empty: remove all images of gantry's, in every namespace, and pull them again"
@@ -96,28 +107,33 @@ func checkClosedDatabase(ctx context.Context, root string, repair bool, send fun
 
 // checkClosed checks stores that are opened for that alone.
 func checkClosed(ctx context.Context, c *config.Config, broken bool, r check.Request, send func(check.Event) error) (err error) {
-	run := &checker{alone: true}
+	run := &checker{address: c.Address, alone: true}
 	closing := func(close func() error) { err = errors.Join(err, close()) }
 	if run.containerd, err = dialContainerd(c.Containerd.Address); err != nil {
 		return err
 	}
 	defer closing(run.containerd.Close)
-	if run.layers, err = layer.Open(filepath.Join(c.Root, "layers"), layer.Options{}); err != nil {
+	if run.layers, err = layer.Open(filepath.Join(c.Root, "layers"), layer.Options{ReadOnly: true}); err != nil {
 		return err
 	}
-	if run.transfers, err = openTransfers(c); err != nil {
+	o := setup.TransferOptions(c)
+	o.ReadOnly = true
+	if run.transfers, err = openTransfersWith(c, o); err != nil {
 		return err
 	}
 	defer closing(run.transfers.Close)
-	if run.store, err = content.NewStore(c.Content.Root, content.Options{}); err != nil {
+	if run.store, err = content.NewStore(c.Content.Root, content.Options{ReadOnly: true}); err != nil {
 		return err
 	}
 	defer closing(run.store.Close)
 	if !broken {
-		if run.snapshots, err = snapshotter.Inspect(ctx, c.Root, run.layers); err != nil {
+		run.snapshots, err = snapshotter.Inspect(ctx, c.Root, run.layers)
+		if err != nil && !errdefs.IsNotFound(err) {
 			return err
 		}
-		defer closing(run.snapshots.Close)
+		if err == nil {
+			defer closing(run.snapshots.Close)
+		}
 	}
 	return run.Run(ctx, r, send)
 }

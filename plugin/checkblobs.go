@@ -7,6 +7,7 @@ import (
 	"io/fs"
 	"os"
 	"slices"
+	"syscall"
 
 	"github.com/containerd/errdefs"
 	digest "github.com/opencontainers/go-digest"
@@ -20,47 +21,67 @@ const (
 	blobMeaning = "a push or an export of the image fails or sends wrong bytes, and so does unpacking it again"
 	docMeaning  = "the image cannot be pulled or started until its manifest and config can be read"
 	pullAgain   = "gantry check --repair fetches it again"
+	missing     = "containerd has it on record, and the store does not have it"
 	removeImage = "repeat this when its registry answers, or remove the images and pull them again"
 )
 
 // checkBlob reads one blob.
 func (c *checking) checkBlob(ctx context.Context, f content.File) error {
-	problem, err := c.wrong(ctx, f.Path, f.Digest, func(fi fs.FileInfo) bool { return c.store.Uses(f, fi) })
+	look := func(ctx context.Context) (string, error) {
+		return c.wrong(ctx, f.Path, f.Digest, func(fi fs.FileInfo) bool { return c.store.Uses(f, fi) })
+	}
+	problem, err := look(ctx)
 	if err != nil || problem == "" {
 		return err
 	}
-	return c.reportBlob(ctx, "blob", f.Path, f.Digest, f.Size, problem)
+	return c.reportBlob(ctx, blobFault{"blob", f.Path, f.Digest, f.Size, problem, look})
 }
 
 // checkRecord reads what is left of a discarded blob.
 func (c *checking) checkRecord(ctx context.Context, f content.File) error {
-	err := c.store.CheckRecord(f)
-	if err == nil {
-		return nil
+	look := func(context.Context) (string, error) {
+		err := c.store.CheckRecord(f)
+		if err == nil || ownTrouble(err) {
+			return "", err
+		}
+		fi, serr := os.Lstat(f.Path)
+		if errors.Is(serr, fs.ErrNotExist) {
+			fi = nil
+		}
+		if !c.store.Uses(f, fi) {
+			return "", nil // brought back or deleted meanwhile
+		}
+		return err.Error(), nil
 	}
-	fi, serr := os.Lstat(f.Path)
-	if errors.Is(serr, fs.ErrNotExist) {
-		fi = nil
+	problem, err := look(ctx)
+	if err != nil || problem == "" {
+		return err
 	}
-	if !c.store.Uses(f, fi) {
-		return nil // brought back or deleted meanwhile
-	}
-	return c.reportBlob(ctx, "record", f.Path, f.Digest, f.Size, err.Error())
+	return c.reportBlob(ctx, blobFault{"record", f.Path, f.Digest, f.Size, problem, look})
 }
 
-func (c *checking) reportBlob(ctx context.Context, what, where string, d digest.Digest, size int64, problem string) error {
-	isLayer := c.isLayer(ctx, d)
+// blobFault is what is wrong with a blob.
+type blobFault struct {
+	what, where string
+	digest      digest.Digest
+	size        int64
+	problem     string
+	look        func(ctx context.Context) (problem string, err error) // once more
+}
+
+func (c *checking) reportBlob(ctx context.Context, b blobFault) error {
+	isLayer := c.isLayer(ctx, b.digest)
 	meaning := docMeaning
 	if isLayer {
 		meaning = blobMeaning
 	}
 	return c.report(finding{
 		Fault: check.Fault{
-			What: what, Where: where, Problem: problem, Meaning: meaning,
-			Affected: c.known.affected(d.String()), Cure: pullAgain + "; or " + removeImage,
+			What: b.what, Where: b.where, Problem: b.problem, Meaning: meaning,
+			Affected: c.known.affected(b.digest.String()), Cure: pullAgain + "; or " + removeImage,
 		},
 		order:  orderBlob,
-		repair: func(ctx context.Context) (string, error) { return c.repairBlob(ctx, d, size, isLayer) },
+		repair: func(ctx context.Context) (string, error) { return c.repairBlob(ctx, b, isLayer) },
 	})
 }
 
@@ -73,20 +94,33 @@ func (c *checking) isLayer(ctx context.Context, d digest.Digest) bool {
 	return err == nil && yes
 }
 
+// soundNow is what a repair says of what turns out to be right, or gone, when it is looked at once more.
+const soundNow = "nothing was done: it was repaired or removed meanwhile, or the disk reads it right now; if that happens again, look for errors of the disk in the kernel's log"
+
 // repairBlob fetches a blob again and puts it in place. Where that fails, a layer's blob is dropped: containerd forgets it
 // too, because it would not ask for what it believes to have, and the next pull fetches it.
-func (c *checking) repairBlob(ctx context.Context, d digest.Digest, size int64, isLayer bool) (string, error) {
-	owners := c.known.owners(d)
+func (c *checking) repairBlob(ctx context.Context, b blobFault, isLayer bool) (string, error) {
+	if problem, err := b.look(ctx); err != nil || problem == "" {
+		return soundNow, err
+	}
+	if c.known == nil {
+		return "", fmt.Errorf("only containerd knows where it came from: %w", errdefs.ErrUnavailable)
+	}
+	d := b.digest
+	owners, err := c.containerd.owners(ctx, d)
+	if err != nil {
+		return "", err
+	}
 	if len(owners) == 0 {
 		return c.dropUnowned(ctx, d)
 	}
 	var errs []error
 	for _, o := range owners {
-		if size = o.size; size <= 0 {
+		if o.size <= 0 {
 			continue
 		}
-		err := c.puller.Bring(ctx, o.namespace, d, size, func(link func(string) error) error {
-			return c.store.Replace(o.namespace, d, size, link)
+		err := c.puller.Bring(ctx, o.namespace, d, o.size, func(link func(string) error) error {
+			return c.store.Replace(o.namespace, d, o.size, link)
 		})
 		if err == nil {
 			return "fetched again", nil
@@ -96,8 +130,8 @@ func (c *checking) repairBlob(ctx context.Context, d digest.Digest, size int64, 
 		}
 		errs = append(errs, err)
 	}
-	err := errors.Join(errs...)
-	if !isLayer {
+	err = errors.Join(errs...)
+	if !isLayer || unwritable(err) {
 		return "", fmt.Errorf("it cannot be fetched: %w", err)
 	}
 	for _, o := range owners {
@@ -111,12 +145,16 @@ func (c *checking) repairBlob(ctx context.Context, d digest.Digest, size int64, 
 	return fmt.Sprintf("removed, a pull that needs it fetches it (one of an unpacked image by ctr does not; ctr image pull --local does): it cannot be fetched now (%s)", err.Error()), nil
 }
 
+// unwritable says whether it is the node's own disk that stands in the way.
+func unwritable(err error) bool {
+	return errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EDQUOT) || errors.Is(err, syscall.EROFS) || errors.Is(err, syscall.EIO)
+}
+
 // dropUnowned removes a blob that containerd does not know.
 func (c *checking) dropUnowned(ctx context.Context, d digest.Digest) (string, error) {
-	if c.known == nil {
-		return "", fmt.Errorf("only containerd knows where it came from, and does not answer: %w", errdefs.ErrUnavailable)
-	}
-	if err := c.store.Delete(ctx, d); err != nil && !errdefs.IsNotFound(err) {
+	if err := c.store.Delete(ctx, d); errdefs.IsNotFound(err) {
+		return "", fmt.Errorf("no namespace of containerd has it yet, and a pull is about to use it; repeat this when that has ended: %w", errdefs.ErrUnavailable)
+	} else if err != nil {
 		return "", err
 	}
 	return "removed: no namespace of containerd has it", nil
@@ -143,7 +181,13 @@ func (c *checking) checkKnown(ctx context.Context) error {
 		if _, err := c.store.Info(ctx, d); !still || err == nil {
 			continue
 		}
-		if err := c.reportBlob(ctx, "blob", c.store.Path(d), d, owners[0].size, "containerd has it on record, and the store does not have it"); err != nil {
+		look := func(ctx context.Context) (string, error) {
+			if _, err := c.store.Info(ctx, d); err == nil {
+				return "", nil
+			}
+			return missing, nil
+		}
+		if err := c.reportBlob(ctx, blobFault{"blob", c.store.Path(d), d, owners[0].size, missing, look}); err != nil {
 			return err
 		}
 	}

@@ -9,6 +9,7 @@ import (
 	"runtime"
 	"slices"
 	"sync"
+	"syscall"
 	"time"
 
 	"github.com/containerd/containerd/v2/plugins"
@@ -42,13 +43,14 @@ type checker struct {
 	transfers  *transfers
 	puller     *pull.Puller
 	containerd *containerd
-	alone      bool // no gantryd runs
+	address    string // gantryd's, as containerd has to have it
+	alone      bool   // no gantryd runs; its database was verified
 }
 
 var _ check.Server = (*checker)(nil)
 
 func newChecker(ic *cplugin.InitContext) (c *checker, err error) {
-	c = &checker{}
+	c = &checker{address: configOf(ic).Address}
 	if c.transfers, err = part[*transfers](ic, TransferPlugin); err != nil {
 		return nil, err
 	}
@@ -114,8 +116,8 @@ func (c *checker) Run(ctx context.Context, r check.Request, send func(check.Even
 		return err
 	}
 	var err error
-	if run.known, err = c.containerd.survey(ctx, c.store); err != nil && ctx.Err() == nil {
-		run.event.Note = fmt.Sprintf("containerd does not answer, so no images are named and nothing is compared with what it knows: %s", err.Error())
+	if run.known, err = c.containerd.survey(ctx, c.store, c.address); err != nil && ctx.Err() == nil {
+		run.event.Note = fmt.Sprintf("no images are named, nothing is compared with what containerd knows and nothing can be fetched again: %s", err.Error())
 		if err := run.tell(nil); err != nil {
 			return err
 		}
@@ -191,7 +193,7 @@ func (c *checking) look(ctx context.Context, workers int) error {
 		return err
 	}
 	// What was read says which of the rest has been reported already.
-	return errors.Join(c.checkSnapshots(ctx), c.checkTransfers(ctx), c.checkKnown(ctx), c.checkStrays(ctx))
+	return errors.Join(c.checkSnapshots(ctx), c.checkTransfers(ctx), c.checkKnown(ctx), c.checkForgotten(ctx), c.checkStrays(ctx))
 }
 
 // keepTelling sends the counts now and then, until the function that it returns is called.
@@ -230,7 +232,7 @@ func (c *checking) jobs(ctx context.Context) ([]job, error) {
 		c.event.Files++
 		c.event.Bytes += size
 	}
-	if c.snapshots != nil {
+	if c.snapshots != nil && !c.alone {
 		add(0, c.checkDatabase)
 	}
 	for _, f := range c.store.Files() {
@@ -262,20 +264,27 @@ func (c *checking) layerFiles(ctx context.Context) ([]snapshotter.LayerFile, err
 			return nil, fmt.Errorf("the snapshots' layer files: %w", err)
 		}
 	}
+	of := map[digest.Digest][]snapshotter.LayerFile{}
+	for _, l := range linked {
+		of[l.DiffID] = append(of[l.DiffID], l)
+	}
 	var all []snapshotter.LayerFile
 	for _, d := range named {
 		path, err := c.layers.Path(d)
 		if err != nil {
 			return nil, err
 		}
+		f := snapshotter.LayerFile{DiffID: d, Path: path}
 		fi, err := os.Stat(path)
-		if err != nil {
+		switch {
+		case errors.Is(err, fs.ErrNotExist):
 			continue // swept meanwhile
+		case err == nil: // else whoever reads it sees the error
+			f.Size = fi.Size()
 		}
-		f := snapshotter.LayerFile{DiffID: d, Path: path, Size: fi.Size()}
-		linked = slices.DeleteFunc(linked, func(l snapshotter.LayerFile) bool {
+		of[d] = slices.DeleteFunc(of[d], func(l snapshotter.LayerFile) bool {
 			lfi, err := os.Stat(l.Path)
-			same := err == nil && os.SameFile(lfi, fi) && l.DiffID == d
+			same := err == nil && os.SameFile(lfi, fi)
 			if same {
 				f.IDs, f.Keys = l.IDs, l.Keys
 			}
@@ -283,7 +292,12 @@ func (c *checking) layerFiles(ctx context.Context) ([]snapshotter.LayerFile, err
 		})
 		all = append(all, f)
 	}
-	return append(all, linked...), nil
+	for _, l := range linked {
+		if slices.ContainsFunc(of[l.DiffID], func(o snapshotter.LayerFile) bool { return o.Path == l.Path }) {
+			all = append(all, l)
+		}
+	}
+	return all, nil
 }
 
 // wrong hashes a file twice if need be and says what is wrong with it; "" for nothing. held says whether the file that
@@ -295,6 +309,8 @@ func (c *checking) wrong(ctx context.Context, path string, d digest.Digest, held
 		switch {
 		case ctx.Err() != nil:
 			return "", context.Cause(ctx)
+		case ownTrouble(err):
+			return "", fmt.Errorf("read %s: %w", path, err)
 		case err == nil && got == d:
 			c.mu.Lock()
 			defer c.mu.Unlock()
@@ -314,6 +330,11 @@ func (c *checking) wrong(ctx context.Context, path string, d digest.Digest, held
 		}
 	}
 	return problem, nil
+}
+
+// ownTrouble says whether an error is about this process and says nothing about the file.
+func ownTrouble(err error) bool {
+	return errors.Is(err, syscall.EMFILE) || errors.Is(err, syscall.ENFILE) || errors.Is(err, syscall.ENOMEM)
 }
 
 func (c *checking) repairAll(ctx context.Context) error {

@@ -36,10 +36,13 @@ func databaseFault(err error, cure string) finding {
 
 // checkLayer reads one layer file: the SHA-256 of the file is its name.
 func (c *checking) checkLayer(ctx context.Context, f snapshotter.LayerFile) error {
-	problem, err := c.wrong(ctx, f.Path, f.DiffID, func(fi fs.FileInfo) bool {
-		now, err := os.Stat(f.Path)
-		return err == nil && fi != nil && os.SameFile(now, fi)
-	})
+	look := func(ctx context.Context) (string, error) {
+		return c.wrong(ctx, f.Path, f.DiffID, func(fi fs.FileInfo) bool {
+			now, err := os.Stat(f.Path)
+			return err == nil && fi != nil && os.SameFile(now, fi)
+		})
+	}
+	problem, err := look(ctx)
 	if err != nil || problem == "" {
 		return err
 	}
@@ -60,17 +63,37 @@ func (c *checking) checkLayer(ctx context.Context, f snapshotter.LayerFile) erro
 		fault.Meaning = "no snapshot shows it yet"
 	}
 	return c.report(finding{Fault: fault, order: orderLayer, repair: func(ctx context.Context) (string, error) {
-		if len(f.IDs) == 0 {
-			return "removed, for no snapshot shows it", c.layers.Drop(f.DiffID)
-		}
-		if err := c.renewLayer(ctx, f.DiffID); err != nil {
-			return "", err
-		}
-		if err := c.renewSnapshots(ctx, f.IDs, f.DiffID); err != nil {
-			return "", err
-		}
-		return fmt.Sprintf("made anew, and %d snapshots show the new file; restart containers that run on the old one", len(f.IDs)), nil
+		return c.repairLayer(ctx, f, look)
 	}})
+}
+
+// repairLayer replaces a layer file for all who show it by now.
+func (c *checking) repairLayer(ctx context.Context, f snapshotter.LayerFile, look func(context.Context) (string, error)) (string, error) {
+	if problem, err := look(ctx); err != nil || problem == "" {
+		return soundNow, err
+	}
+	var ids []string
+	if c.snapshots != nil {
+		linked, err := c.snapshots.LayerFiles(ctx)
+		if err != nil {
+			return "", err
+		}
+		for _, l := range linked {
+			if l.DiffID == f.DiffID {
+				ids = append(ids, l.IDs...)
+			}
+		}
+	}
+	if len(ids) == 0 {
+		return "removed, for no snapshot shows it", c.layers.Drop(f.DiffID)
+	}
+	if err := c.renewLayer(ctx, f.DiffID); err != nil {
+		return "", err
+	}
+	if err := c.renewSnapshots(ctx, ids, f.DiffID); err != nil {
+		return "", err
+	}
+	return fmt.Sprintf("made anew, and %d snapshots show the new file; restart containers that run on the old one", len(ids)), nil
 }
 
 // renewLayer sees to it that the layer's file is good: once for all findings of the same layer.

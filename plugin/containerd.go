@@ -24,6 +24,7 @@ const answerWithin = 5 * time.Second
 // containerd is a client of the containerd that gantryd serves. It connects when
 // it is first asked and again whenever containerd comes back.
 type containerd struct {
+	address string
 	conn    *grpc.ClientConn
 	content contentapi.ContentClient
 }
@@ -39,7 +40,7 @@ func dialContainerd(address string) (*containerd, error) {
 	if err != nil {
 		return nil, fmt.Errorf("containerd at %s: %w", address, err)
 	}
-	return &containerd{conn: conn, content: contentapi.NewContentClient(conn)}, nil
+	return &containerd{address: address, conn: conn, content: contentapi.NewContentClient(conn)}, nil
 }
 
 // Labels implements pull.Containerd. It waits for a containerd that is just

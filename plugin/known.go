@@ -6,14 +6,17 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"path/filepath"
 	"slices"
 	"strings"
 	"time"
 
 	contentapi "github.com/containerd/containerd/api/services/content/v1"
 	imagesapi "github.com/containerd/containerd/api/services/images/v1"
+	introspectionapi "github.com/containerd/containerd/api/services/introspection/v1"
 	namespacesapi "github.com/containerd/containerd/api/services/namespaces/v1"
 	"github.com/containerd/containerd/v2/pkg/namespaces"
+	"github.com/containerd/containerd/v2/plugins"
 	"github.com/containerd/errdefs"
 	"github.com/containerd/errdefs/pkg/errgrpc"
 	digest "github.com/opencontainers/go-digest"
@@ -31,6 +34,9 @@ type known struct {
 	namespaces []string
 	blobs      map[digest.Digest][]owned
 	images     []namedImage
+	// snapshotter is containerd's name of gantryd's; "" if it has none.
+	snapshotter string
+	unpacked    map[string]bool // namespace/config digest
 }
 
 // owned is a blob in a namespace.
@@ -41,20 +47,27 @@ type owned struct {
 
 // namedImage is an image, with all that is known to belong to it.
 type namedImage struct {
-	name  string // namespace/name
-	parts map[string]bool
+	namespace string
+	name      string // namespace/name
+	parts     map[string]bool
+	// chains are the chain IDs of what is unpacked with gantryd's snapshotter, parents first.
+	chains []string
 }
 
 // survey asks containerd for all blobs and images. containerd answers from its own database, also where gantryd does not
-// run.
-func (c *containerd) survey(ctx context.Context, store *content.Store) (*known, error) {
+// run. It fails if containerd does not use the gantryd at address.
+func (c *containerd) survey(ctx context.Context, store *content.Store, address string) (*known, error) {
 	ctx, cancel := context.WithTimeout(ctx, surveyWithin)
 	defer cancel()
+	snapshotter, err := c.uses(ctx, address)
+	if err != nil {
+		return nil, err
+	}
 	reply, err := namespacesapi.NewNamespacesClient(c.conn).List(ctx, &namespacesapi.ListNamespacesRequest{})
 	if err != nil {
 		return nil, fmt.Errorf("ask containerd for its namespaces: %w", errgrpc.ToNative(err))
 	}
-	k := &known{blobs: map[digest.Digest][]owned{}}
+	k := &known{blobs: map[digest.Digest][]owned{}, snapshotter: snapshotter, unpacked: map[string]bool{}}
 	for _, ns := range reply.GetNamespaces() {
 		k.namespaces = append(k.namespaces, ns.GetName())
 		if err := c.surveyBlobs(ctx, ns.GetName(), k); err != nil {
@@ -67,6 +80,47 @@ func (c *containerd) survey(ctx context.Context, store *content.Store) (*known, 
 	return k, nil
 }
 
+// uses fails unless containerd keeps its content in the gantryd at address. What another containerd has on record lies
+// elsewhere: it is not missing here, and must not be forgotten there. snapshotter is what it calls gantryd's.
+func (c *containerd) uses(ctx context.Context, address string) (snapshotter string, err error) {
+	reply, err := introspectionapi.NewIntrospectionClient(c.conn).Plugins(ctx, &introspectionapi.PluginsRequest{})
+	if err != nil {
+		return "", fmt.Errorf("containerd does not answer: ask for its plugins: %w", errgrpc.ToNative(err))
+	}
+	var others []string
+	ours := false
+	for _, p := range reply.GetPlugins() {
+		at := strings.TrimPrefix(p.GetExports()["address"], "unix://")
+		same := p.GetInitErr() == nil && sameSocket(at, address)
+		switch {
+		case same && p.GetType() == string(plugins.SnapshotPlugin):
+			snapshotter = p.GetID()
+		case same && p.GetType() == string(plugins.ContentPlugin):
+			ours = true
+		case p.GetInitErr() == nil && p.GetType() == string(plugins.ContentPlugin):
+			others = append(others, strings.TrimSpace(p.GetID()+" "+at))
+		}
+	}
+	if ours {
+		return snapshotter, nil
+	}
+	return "", fmt.Errorf("the containerd at %s keeps its content elsewhere (%s) and not in the gantryd at %s (containerd.address in gantryd's configuration names another containerd, or it has not been told: gantry config containerd): %w",
+		strings.TrimPrefix(c.address, "unix://"), strings.Join(others, ", "), address, errdefs.ErrFailedPrecondition)
+}
+
+// sameSocket says whether both paths lead to one socket, also while nobody listens.
+func sameSocket(a, b string) bool {
+	if a == "" || b == "" {
+		return false
+	}
+	for _, p := range []*string{&a, &b} {
+		if dir, err := filepath.EvalSymlinks(filepath.Dir(*p)); err == nil {
+			*p = filepath.Join(dir, filepath.Base(*p))
+		}
+	}
+	return filepath.Clean(a) == filepath.Clean(b)
+}
+
 func (c *containerd) surveyBlobs(ctx context.Context, namespace string, k *known) error {
 	stream, err := c.content.List(namespaces.WithNamespace(ctx, namespace), &contentapi.ListContentRequest{})
 	for err == nil {
@@ -77,6 +131,9 @@ func (c *containerd) surveyBlobs(ctx context.Context, namespace string, k *known
 		for _, i := range page.GetInfo() {
 			d := digest.Digest(i.GetDigest())
 			k.blobs[d] = append(k.blobs[d], owned{namespace, i.GetSize()})
+			if k.snapshotter != "" && i.GetLabels()[snapshotLabel+k.snapshotter] != "" {
+				k.unpacked[namespace+"/"+i.GetDigest()] = true
+			}
 		}
 	}
 	if errors.Is(err, io.EOF) {
@@ -91,8 +148,8 @@ func (c *containerd) surveyImages(ctx context.Context, namespace string, store *
 		return fmt.Errorf("ask containerd for the images of namespace %s: %w", namespace, errgrpc.ToNative(err))
 	}
 	for _, i := range reply.GetImages() {
-		image := namedImage{name: namespace + "/" + i.GetName(), parts: map[string]bool{}}
-		image.add(ctx, store, digest.Digest(i.GetTarget().GetDigest()), 0)
+		image := namedImage{namespace: namespace, name: namespace + "/" + i.GetName(), parts: map[string]bool{}}
+		image.add(ctx, store, digest.Digest(i.GetTarget().GetDigest()), 0, k.unpacked)
 		k.images = append(k.images, image)
 	}
 	return nil
@@ -105,7 +162,7 @@ const (
 )
 
 // add notes a blob and what it names: other blobs, DiffIDs and chain IDs. What cannot be read names nothing.
-func (i namedImage) add(ctx context.Context, store *content.Store, d digest.Digest, depth int) {
+func (i *namedImage) add(ctx context.Context, store *content.Store, d digest.Digest, depth int, unpacked map[string]bool) {
 	if i.parts[d.String()] || depth > maxDepth {
 		return
 	}
@@ -130,19 +187,22 @@ func (i namedImage) add(ctx context.Context, store *content.Store, d digest.Dige
 		return
 	}
 	for _, m := range doc.Manifests {
-		i.add(ctx, store, m.Digest, depth+1)
+		i.add(ctx, store, m.Digest, depth+1, unpacked)
 	}
 	for _, l := range doc.Layers {
 		i.parts[l.Digest.String()] = true
 	}
 	if doc.Config.Digest != "" {
-		i.add(ctx, store, doc.Config.Digest, depth+1)
+		i.add(ctx, store, doc.Config.Digest, depth+1, unpacked)
 	}
 	for _, id := range doc.RootFS.DiffIDs {
 		i.parts[id.String()] = true
 	}
 	for _, id := range identity.ChainIDs(slices.Clone(doc.RootFS.DiffIDs)) {
 		i.parts[id.String()] = true
+		if unpacked[i.namespace+"/"+d.String()] {
+			i.chains = append(i.chains, id.String())
+		}
 	}
 }
 
@@ -161,12 +221,26 @@ func (k *known) affected(parts ...string) []string {
 	return slices.Compact(names)
 }
 
-// owners are the namespaces that have a blob.
-func (k *known) owners(d digest.Digest) []owned {
-	if k == nil {
-		return nil
+// owners asks anew which namespaces have a blob: a check may have taken hours.
+func (c *containerd) owners(ctx context.Context, d digest.Digest) ([]owned, error) {
+	ctx, cancel := context.WithTimeout(ctx, surveyWithin)
+	defer cancel()
+	reply, err := namespacesapi.NewNamespacesClient(c.conn).List(ctx, &namespacesapi.ListNamespacesRequest{})
+	if err != nil {
+		return nil, fmt.Errorf("ask containerd for its namespaces: %w", errgrpc.ToNative(err))
 	}
-	return k.blobs[d]
+	var found []owned
+	for _, ns := range reply.GetNamespaces() {
+		info, err := c.content.Info(namespaces.WithNamespace(ctx, ns.GetName()), &contentapi.InfoRequest{Digest: d.String()})
+		if err = errgrpc.ToNative(err); errdefs.IsNotFound(err) {
+			continue
+		}
+		if err != nil {
+			return nil, fmt.Errorf("ask containerd for %s in namespace %s: %w", d, ns.GetName(), err)
+		}
+		found = append(found, owned{ns.GetName(), info.GetInfo().GetSize()})
+	}
+	return found, nil
 }
 
 // has asks anew whether a namespace has a blob.
@@ -187,11 +261,11 @@ func (c *containerd) forget(ctx context.Context, namespace string, d digest.Dige
 	return nil
 }
 
-// snapshotName splits what containerd calls a snapshot for gantry: number/namespace/name.
+// snapshotName splits what containerd calls a snapshot for gantry: namespace/number/name.
 func snapshotName(key string) (namespace, name string) {
 	parts := strings.SplitN(key, "/", 3)
 	if len(parts) < 3 {
 		return "", key
 	}
-	return parts[1], parts[2]
+	return parts[0], parts[2]
 }

@@ -3,6 +3,7 @@ package plugin
 import (
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"slices"
@@ -47,11 +48,30 @@ func occupy(c *config.Config) (*place, error) {
 	}
 	p := &place{}
 	for _, folder := range slices.Compact([]string{c.Root, c.Content.Root}) {
-		if err := p.lock(folder); err != nil {
+		if err := p.lock(folder, os.O_CREATE); err != nil {
 			return nil, errors.Join(err, p.release())
 		}
 	}
 	if err := linkable(c); err != nil {
+		return nil, errors.Join(err, p.release())
+	}
+	return p, nil
+}
+
+// hold takes the folders of a gantryd that does not run for this process alone, without a change to them: they may be
+// read-only. errdefs.ErrNotFound: no gantryd ever had root.
+func hold(c *config.Config) (*place, error) {
+	p := &place{}
+	err := p.lock(c.Root, 0)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, fmt.Errorf("no gantryd has used root (%s) so far, so there is nothing to check; is it the right configuration? %w", c.Root, errdefs.ErrNotFound)
+	}
+	if err == nil && c.Content.Root != c.Root {
+		if err = p.lock(c.Content.Root, 0); errors.Is(err, fs.ErrNotExist) {
+			err = nil
+		}
+	}
+	if err != nil {
 		return nil, errors.Join(err, p.release())
 	}
 	return p, nil
@@ -74,8 +94,9 @@ func unclaimed(root string) error {
 	return nil
 }
 
-func (p *place) lock(folder string) error {
-	l := flock.New(filepath.Join(folder, lockName), flock.SetPermissions(0o600))
+// lock opens the folder's lock file with flag beside os.O_RDONLY.
+func (p *place) lock(folder string, flag int) error {
+	l := flock.New(filepath.Join(folder, lockName), flock.SetFlag(flag|os.O_RDONLY), flock.SetPermissions(0o600))
 	got, err := l.TryLock()
 	if err != nil {
 		return fmt.Errorf("lock %s: %w", folder, err)

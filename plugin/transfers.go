@@ -32,7 +32,11 @@ type transfers struct {
 }
 
 func openTransfers(c *config.Config) (*transfers, error) {
-	t := &transfers{config: c, options: setup.TransferOptions(c), isolated: c.Isolated(), managers: make(map[string]*transfer.Manager)}
+	return openTransfersWith(c, setup.TransferOptions(c))
+}
+
+func openTransfersWith(c *config.Config, o transfer.Options) (*transfers, error) {
+	t := &transfers{config: c, options: o, isolated: c.Isolated(), managers: make(map[string]*transfer.Manager)}
 	if !t.isolated {
 		_, err := t.of("")
 		return t, err

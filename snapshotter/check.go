@@ -75,6 +75,18 @@ func (s *Snapshotter) loadHeld(ctx context.Context) (map[string]held, error) {
 	return all, err
 }
 
+// Names lists the committed snapshots as "namespace/name", without the number that containerd puts in between.
+func (s *Snapshotter) Names(ctx context.Context) (map[string]bool, error) {
+	all, err := s.loadHeld(ctx)
+	names := make(map[string]bool, len(all))
+	for _, h := range all {
+		if parts := strings.SplitN(h.key, "/", 3); len(parts) == 3 && h.Kind == snapshots.KindCommitted {
+			names[parts[0]+"/"+parts[2]] = true
+		}
+	}
+	return names, err
+}
+
 // busy says whether somebody is about to change the snapshot's folder.
 func (s *Snapshotter) busy(id string) bool {
 	s.locks.mu.Lock()

@@ -282,7 +282,10 @@ func (s *Snapshotter) Stat(ctx context.Context, key string) (info snapshots.Info
 		_, info, _, err = storage.GetInfo(ctx, key)
 		return err
 	})
-	return info, err
+	if err != nil {
+		return info, fmt.Errorf("snapshot %s: %w", key, err) // containerd's clients know it by another name
+	}
+	return info, nil
 }
 
 // Update changes the labels of a snapshot.

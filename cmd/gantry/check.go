@@ -26,11 +26,12 @@ var checkCommand = command{
 
 Verifies all that gantryd keeps: each blob against its digest, each layer file against its name, the records of discarded
 blobs, what is left of transfers, the snapshots' folders, links, indexes and mounts, the database, and what containerd
-believes to have. Each fault is told with what it means, which images it affects (if containerd answers) and its cure.
-Without --repair nothing is changed.
+believes to have, if it uses this gantryd. Each fault is told with what it means, which images it affects (if containerd answers) and its cure.
+Without --repair nothing is changed, so a full disk and one that went read-only can be checked.
 
 It may run at any time. A running gantryd does it, while pulls and containers go on; otherwise it is done here, and
-gantryd cannot start meanwhile. Files are read past the page cache, on as many threads as there are CPUs. Ctrl-C ends it.
+gantryd cannot start meanwhile. Files are read past the page cache, on as many threads as there are CPUs. Ctrl-C ends it, and so
+does a stop of gantryd.
 
   --repair     cure what can be cured: a broken blob is fetched again, or dropped so that the next pull fetches it; a
                broken layer file is made anew from its blob or its registry, and containers started from then on use it;

@@ -9,7 +9,9 @@ import (
 	"path/filepath"
 	"time"
 
+	"github.com/gofrs/flock"
 	"github.com/opencontainers/go-digest"
+	"golang.org/x/sys/unix"
 )
 
 // Damage is what Check found of one transfer.
@@ -36,7 +38,7 @@ type Pieces interface {
 // here or in another process, or has worked meanwhile, are left out. linked says whether a finished file is verified elsewhere.
 func (m *Manager) Check(ctx context.Context, p Pieces, linked func(fs.FileInfo) bool) ([]Damage, error) {
 	entries, err := os.ReadDir(m.root)
-	if err != nil {
+	if notMissing(err) != nil {
 		return nil, fmt.Errorf("transfers: %w", err)
 	}
 	var found []Damage
@@ -85,17 +87,25 @@ func same(a, b fs.FileInfo) bool {
 // still says whether a folder is as it was and nobody works in it: for a moment this has the lock that a holder would
 // have. A finished file, which others may hold, is never written.
 func (m *Manager) still(name string, before sight) (bool, error) {
-	l, err := tryLock(m.root, name, false)
-	if err != nil {
-		return false, err
+	l, free, err := tryFree(m.root, name, false)
+	if err == nil && !free {
+		l, free, err = tryFree(m.root, name, true)
 	}
-	if l == nil {
-		if l, err = tryLock(m.root, name, true); l == nil || err != nil {
-			return false, err
-		}
+	if !free || err != nil {
+		return false, err
 	}
 	now := m.look(name)
 	return same(before.state, now.state) && same(before.data, now.data), l.Close()
+}
+
+// tryFree is tryLock where nobody may be able to lock or to write: on a file system that is read-only everything is free,
+// and the lock is none.
+func tryFree(root, name string, shared bool) (l *flock.Flock, free bool, err error) {
+	l, err = tryLock(root, name, shared)
+	if errors.Is(err, unix.EROFS) {
+		return flock.New(""), true, nil
+	}
+	return l, l != nil, err
 }
 
 // examine looks at one folder; nil if nothing is wrong or it is going.
@@ -246,7 +256,7 @@ func (m *Manager) Distrust(d digest.Digest) error {
 // removed long ago.
 func (m *Manager) Leftovers() ([]string, error) {
 	entries, err := os.ReadDir(m.root)
-	if err != nil {
+	if notMissing(err) != nil {
 		return nil, err
 	}
 	var found []string
@@ -268,11 +278,11 @@ func (m *Manager) Leftovers() ([]string, error) {
 		return nil, err
 	}
 	for _, e := range apart {
-		l, err := tryLock(m.root, discardLock+e.Name(), true)
+		l, free, err := tryFree(m.root, discardLock+e.Name(), true)
 		if err != nil {
 			return nil, err
 		}
-		if l == nil {
+		if !free {
 			continue
 		}
 		found = append(found, filepath.Join(m.root, discardRoot, e.Name()))

@@ -48,6 +48,8 @@ type Options struct {
 	// NewHash makes what a blob's SHA-256 is computed with; the hashes of several transfers are used at once. Default:
 	// crypto/sha256.
 	NewHash func() hash.Hash
+	// ReadOnly makes a Manager that only looks: Check, Leftovers and Close may be called.
+	ReadOnly bool
 }
 
 func (o Options) withDefaults() (Options, error) {
@@ -132,8 +134,10 @@ func New(root string, o Options) (*Manager, error) {
 	if err != nil {
 		return nil, err
 	}
-	if err := os.MkdirAll(filepath.Join(root, locksName), 0o700); err != nil {
-		return nil, fmt.Errorf("transfer root: %w", err)
+	if !o.ReadOnly {
+		if err := os.MkdirAll(filepath.Join(root, locksName), 0o700); err != nil {
+			return nil, fmt.Errorf("transfer root: %w", err)
+		}
 	}
 	return &Manager{
 		root:  root,

@@ -46,6 +46,9 @@ type Options struct {
 	TableBytes int64
 	// NewHash makes what DiffIDs are computed with, a SHA-256 (default crypto/sha256's).
 	NewHash func() hash.Hash
+	// ReadOnly opens a cache that nobody uses to look at it: nothing is made or tidied, and only Files, Path, Get, Verify,
+	// Lookup and Blobs may be called.
+	ReadOnly bool
 }
 
 const defaultTableBytes = 128 << 20
@@ -101,6 +104,9 @@ func Open(root string, o Options) (*Cache, error) {
 		pins:   make(map[digest.Digest]int),
 		wanted: make(map[digest.Digest]time.Time),
 		flush:  unix.SyncFileRange,
+	}
+	if o.ReadOnly {
+		return c, nil
 	}
 	if err := os.RemoveAll(c.tmpDir()); err != nil {
 		return nil, fmt.Errorf("unfinished layer files: %w", err)

@@ -14,7 +14,7 @@ import (
 // Files lists the layer files that have a name, by digest, and the names in their folder that are none.
 func (c *Cache) Files() (files []digest.Digest, strays []string, err error) {
 	names, err := readNames(c.layerDir())
-	if err != nil {
+	if err != nil && !errors.Is(err, fs.ErrNotExist) { // it is made with the first layer, where Open may make nothing
 		return nil, nil, err
 	}
 	slices.Sort(names)
