@@ -121,6 +121,7 @@ func (d *Daemon) Run(ctx context.Context) error {
 // drain ends the server. Transfers and unpacks end in Close.
 func (d *Daemon) drain(ctx context.Context) {
 	log.G(ctx).Info("stopping: no new calls are accepted")
+	d.edge.stop()
 	done := make(chan struct{})
 	go func() {
 		defer close(done)

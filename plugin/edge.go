@@ -4,6 +4,8 @@ import (
 	"context"
 	"fmt"
 	"runtime/debug"
+	"strings"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -24,7 +26,7 @@ const maxMessage = 16 << 20
 // in a call. It sets no limit of concurrent streams: a waiting Write stream must
 // not hold up others.
 func newServer(logger *log.Entry) (*grpc.Server, *edge) {
-	e := &edge{logger: logger, calls: &calls{}}
+	e := &edge{logger: logger, calls: &calls{}, stopping: make(chan struct{})}
 	return grpc.NewServer(
 		grpc.UnaryInterceptor(e.unary),
 		grpc.StreamInterceptor(e.stream),
@@ -38,6 +40,31 @@ type edge struct {
 	logger *log.Entry
 	busy   atomic.Int64 // calls under way
 	calls  *calls
+
+	stopping chan struct{} // closed when no new calls are accepted
+	stopOnce sync.Once
+}
+
+// ownServices begins the methods of gantry's own services. Their streams (a check, a restoration) may go on for hours, and
+// nothing is lost when they end: a stop does not wait for them.
+const ownServices = "/gantry."
+
+var errStopping = fmt.Errorf("gantryd is stopping: %w", errdefs.ErrUnavailable)
+
+// stop ends the streams of gantry's own services.
+func (e *edge) stop() { e.stopOnce.Do(func() { close(e.stopping) }) }
+
+// untilStop returns a context that ends when gantryd begins to stop.
+func (e *edge) untilStop(ctx context.Context) (context.Context, context.CancelFunc) {
+	ctx, cancel := context.WithCancelCause(ctx)
+	go func() {
+		select {
+		case <-e.stopping:
+			cancel(errStopping)
+		case <-ctx.Done():
+		}
+	}()
+	return ctx, func() { cancel(nil) }
 }
 
 // idle waits until no call is under way, and reports whether that came in time.
@@ -69,6 +96,11 @@ func (e *edge) stream(srv any, ss grpc.ServerStream, info *grpc.StreamServerInfo
 	e.busy.Add(1)
 	defer e.busy.Add(-1)
 	ctx := e.enter(ss.Context(), info.FullMethod)
+	if strings.HasPrefix(info.FullMethod, ownServices) {
+		var cancel context.CancelFunc
+		ctx, cancel = e.untilStop(ctx)
+		defer cancel()
+	}
 	defer func() { err = leave(ctx, recover(), err) }()
 	return handler(srv, &streamWithContext{ServerStream: ss, context: func() context.Context { return ctx }})
 }
