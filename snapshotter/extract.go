@@ -41,6 +41,9 @@ func (s *Snapshotter) extract(ctx context.Context, id, tar string, parents []str
 		opts = append(opts, archive.WithConvertWhiteout(archive.OverlayConvertWhiteout))
 	}
 	if _, err := archive.Apply(ctx, s.upper(id), f, opts...); err != nil {
+		if errors.Is(err, unix.EPERM) && onOverlayfs(s.upper(id)) {
+			err = fmt.Errorf("%w (overlayfs holds no whiteouts: set snapshotter.mount = \"loop\", or root to another file system)", err)
+		}
 		return err
 	}
 	return unix.Syncfs(int(f.Fd()))

@@ -94,8 +94,10 @@ func unmountAll(target string) error {
 	}
 }
 
+// loopControl hands out loop devices.
+var loopControl = "/dev/loop-control"
+
 const (
-	loopControl  = "/dev/loop-control"
 	loopAttempts = 64
 	loopPause    = 5 * time.Millisecond
 )

@@ -28,6 +28,13 @@ const (
 	ModeDirectory Mode = "directory"
 )
 
+// onOverlayfs says whether dir lies on overlayfs, which takes no upper directory
+// on itself.
+func onOverlayfs(dir string) bool {
+	var st unix.Statfs_t
+	return unix.Statfs(dir, &st) == nil && uint32(st.Type) == unix.OVERLAYFS_SUPER_MAGIC
+}
+
 // chooseMode tries what is asked for by mounting a tiny layer in root: kernel
 // and file system both have a say, so no version is compared.
 func chooseMode(ctx context.Context, root string, want Mode) (Mode, string, error) {

@@ -102,38 +102,53 @@ func TestRestart(t *testing.T) {
 	}
 	want := reference(t, nil, layers...)
 	for name, between := range tests {
-		t.Run(name, func(t *testing.T) {
-			r := newRig(t, ModeFile)
-			var tops []string
-			for _, how := range unpacks {
-				tops = append(tops, r.pull(t, how, how.name, "", layers...))
-			}
-			for _, top := range tops {
-				sameTree(t, r.show(t, top), want)
-			}
-			between(t, r)
-			r.restart(t, nil)
-			for _, top := range tops {
-				sameTree(t, r.show(t, top), want)
-			}
-			if got := len(entries(t, r.snapshotsDir())); got != 6 {
-				t.Errorf("%d folders in snapshots, want 6", got)
-			}
-			if n := len(entries(t, r.mountsDir())); r.opts.Mount == ModeFile && n != 6 {
-				t.Errorf("%d mount points, want 6", n)
-			}
-			for _, dir := range entries(t, r.snapshotsDir()) {
-				for _, e := range entries(t, dir) {
-					if strings.HasSuffix(e, ".tmp") || strings.HasSuffix(e, "extracting") {
-						t.Errorf("%s is left", e)
-					}
+		restarts(t, name, Options{Mount: ModeFile}, layers, want, between)
+		restarts(t, name+" and upper files", Options{Mount: ModeFile, Upper: UpperFile, UpperSize: testUpperSize}, layers, want, between)
+	}
+}
+
+func restarts(t *testing.T, name string, o Options, layers [][]byte, want map[string]string, between func(*testing.T, *rig)) {
+	t.Run(name, func(t *testing.T) {
+		r := newRigIn(t, t.TempDir(), o)
+		var tops []string
+		for _, how := range unpacks {
+			tops = append(tops, r.pull(t, how, how.name, "", layers...))
+		}
+		for _, top := range tops {
+			sameTree(t, r.show(t, top), want)
+		}
+		r.container(t, "container", tops[0])
+		r.inside(t, "container", write("written", []byte("x")))
+		r.restart(t, nil) // the worker may still be tidying
+		between(t, r)
+		r.restart(t, nil)
+		for _, top := range tops {
+			sameTree(t, r.show(t, top), want)
+		}
+		if got := r.read(t, "container", "written"); got != "x" {
+			t.Errorf("the container reads %q", got)
+		}
+		r.remove(t, "container")
+		if err := r.Close(); err != nil { // the worker tidies
+			t.Fatal(err)
+		}
+		if got := len(entries(t, r.snapshotsDir())); got != 6 {
+			t.Errorf("%d folders in snapshots, want 6", got)
+		}
+		if n := len(entries(t, r.mountsDir())); r.opts.Mount == ModeFile && n != 6 {
+			t.Errorf("%d mount points, want 6", n)
+		}
+		for _, dir := range entries(t, r.snapshotsDir()) {
+			for _, e := range entries(t, dir) {
+				if strings.HasSuffix(e, ".tmp") || strings.HasSuffix(e, "extracting") {
+					t.Errorf("%s is left", e)
 				}
 			}
-			if exists(filepath.Join(r.root, "probe")) {
-				t.Error("probe is left")
-			}
-		})
-	}
+		}
+		if exists(filepath.Join(r.root, "probe")) {
+			t.Error("probe is left")
+		}
+	})
 }
 
 // A mount that somebody takes away while gantryd runs must not show as an empty
@@ -322,10 +337,19 @@ func TestKilledChild(t *testing.T) {
 
 func eachIndex(t *testing.T, r *rig, change func(string) error) {
 	t.Helper()
+	changed := 0
 	for _, dir := range entries(t, r.snapshotsDir()) {
-		if err := change(filepath.Join(dir, "index")); err != nil {
+		index := filepath.Join(dir, "index")
+		if !exists(index) {
+			continue // of the container
+		}
+		if err := change(index); err != nil {
 			t.Fatal(err)
 		}
+		changed++
+	}
+	if changed == 0 {
+		t.Fatal("there are no indexes")
 	}
 }
 

@@ -184,6 +184,9 @@ func New(ctx context.Context, root string, layers *layer.Cache, o Options) (_ *S
 	if s.uppers, err = chooseUpper(ctx, root, o.Upper, o.UpperSize); err != nil {
 		return nil, err
 	}
+	if s.uppers == nil && onOverlayfs(root) {
+		s.reason += "; containers cannot write to directories on overlayfs: set snapshotter.upper = \"file\", or root to another file system"
+	}
 	log.G(ctx).WithField("mode", s.mode).WithField("reason", s.reason).Info("snapshotter: how layers are mounted")
 	s.overlay = overlayOptions(ctx, root)
 	if s.unmapped = probeIDMapped(ctx, root, s.mode, s.overlay); s.unmapped != nil {

@@ -318,9 +318,14 @@ func TestClosed(t *testing.T) {
 
 // Pulls, containers, removals and clean-ups at the same time, on shared layers.
 func TestConcurrent(t *testing.T) {
-	for _, mode := range mountModes {
-		t.Run(string(mode), func(t *testing.T) {
-			r := newRig(t, mode)
+	for name, o := range map[string]Options{
+		"file": {Mount: ModeFile}, "loop": {Mount: ModeLoop}, "directory": {Mount: ModeDirectory},
+		"upper files":                 {Mount: ModeFile, Upper: UpperFile, UpperSize: MinUpperSize},
+		"loop and upper files":        {Mount: ModeLoop, Upper: UpperFile, UpperSize: MinUpperSize},
+		"directories and upper files": {Mount: ModeDirectory, Upper: UpperFile, UpperSize: MinUpperSize},
+	} {
+		t.Run(name, func(t *testing.T) {
+			r := newRigIn(t, t.TempDir(), o)
 			layers := image(t)[:3]
 			want := reference(t, nil, layers...)
 			r.pull(t, unpacks[0], "shared", "", layers...)
@@ -338,6 +343,18 @@ func TestConcurrent(t *testing.T) {
 			g.Go(func() error {
 				for range 20 {
 					if err := r.Cleanup(t.Context()); err != nil {
+						return err
+					}
+				}
+				return nil
+			})
+			g.Go(func() error {
+				for range 5 {
+					found, err := r.Check(t.Context(), time.Millisecond)
+					for _, f := range found {
+						t.Errorf("check: %+v", f)
+					}
+					if err != nil {
 						return err
 					}
 				}

@@ -579,27 +579,21 @@ func smallDisk(t *testing.T, size int64) string {
 
 // TestUpperFileOnOtherFileSystems says where roots may lie.
 func TestUpperFileOnOtherFileSystems(t *testing.T) {
-	for _, fs := range []string{"tmpfs", "overlay"} {
+	onTmpfs := func(t *testing.T) string {
+		dir := t.TempDir()
+		if err := unix.Mount("tmpfs", dir, "tmpfs", 0, "size=64m"); err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() {
+			if err := unmountAll(dir); err != nil {
+				t.Error(err)
+			}
+		})
+		return dir
+	}
+	for fs, mounted := range map[string]func(*testing.T) string{"tmpfs": onTmpfs, "overlay": onOverlay} {
 		t.Run(fs, func(t *testing.T) {
-			dir, data := t.TempDir(), "size=64m"
-			if fs == "overlay" {
-				parts := t.TempDir()
-				for _, p := range []string{"l", "u", "w"} {
-					if err := os.Mkdir(filepath.Join(parts, p), 0o700); err != nil {
-						t.Fatal(err)
-					}
-				}
-				data = "lowerdir=" + parts + "/l,upperdir=" + parts + "/u,workdir=" + parts + "/w"
-			}
-			if err := unix.Mount(fs, dir, fs, 0, data); err != nil {
-				t.Fatal(err)
-			}
-			t.Cleanup(func() {
-				if err := unmountAll(dir); err != nil {
-					t.Error(err)
-				}
-			})
-			r := newRigIn(t, dir, Options{Upper: UpperFile, UpperSize: testUpperSize})
+			r := newRigIn(t, mounted(t), Options{Upper: UpperFile, UpperSize: testUpperSize})
 			r.container(t, "c", r.pull(t, unpacks[0], "x", "", image(t)[0]))
 			r.inside(t, "c", write("f", []byte("x")))
 			r.remove(t, "c")
