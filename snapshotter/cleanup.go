@@ -159,7 +159,7 @@ func (s *Snapshotter) repair(ctx context.Context, id string, n node) error {
 		if n.Kind != snapshots.KindActive {
 			return nil // first use says so
 		}
-		ids, err := s.mapping(ctx, n.Labels, n.parents)
+		ids, err := s.mapping(ctx, n.Info, n.parents)
 		if err != nil {
 			log.L.WithError(err).WithField("snapshot", id).Warn("snapshotter: user namespace") // as Mounts says
 		}

@@ -58,7 +58,7 @@ func (s *Snapshotter) create(ctx context.Context, kind snapshots.Kind, key, pare
 		if err != nil {
 			return fmt.Errorf("create snapshot %s: %w", key, err)
 		}
-		if f.ids, err = s.mapping(ctx, base.Labels, snap.ParentIDs); err != nil {
+		if f.ids, err = s.mapping(ctx, base, snap.ParentIDs); err != nil {
 			return fmt.Errorf("snapshot %s: %w", key, err)
 		}
 		return s.makeFolders(ctx, snap, f)
@@ -170,7 +170,7 @@ func (s *Snapshotter) Mounts(ctx context.Context, key string) ([]mount.Mount, er
 		return nil, fmt.Errorf("mounts of snapshot %s: %w", key, err)
 	}
 	f := form{fileSize: s.fileSize(ctx, info)}
-	if f.ids, err = s.mapping(ctx, info.Labels, snap.ParentIDs); err != nil {
+	if f.ids, err = s.mapping(ctx, info, snap.ParentIDs); err != nil {
 		return nil, fmt.Errorf("mounts of snapshot %s: %w", key, err)
 	}
 	if snap.Kind == snapshots.KindActive && s.isTar(snap.ID) {

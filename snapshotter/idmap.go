@@ -92,12 +92,16 @@ func rootOf(list string) (int, error) {
 	return root, nil
 }
 
-// mapping returns how a snapshot with these labels and parents is to be seen;
-// nil means as the host sees it. Where a client was not told of remap-ids it
+// mapping returns how a snapshot with these parents is to be seen; nil means as
+// the host sees it. Layers are unpacked as the host sees them: an unpack's labels
+// are an image's annotations, and its layers may be those of other images. Where a client was not told of remap-ids it
 // makes a copy of the image with changed owners and asks for a snapshot on top
 // of that, with the same labels: such a copy is not mapped twice.
-func (s *Snapshotter) mapping(ctx context.Context, labels map[string]string, parents []string) (*idMap, error) {
-	m, err := parseIDMap(labels)
+func (s *Snapshotter) mapping(ctx context.Context, info snapshots.Info, parents []string) (*idMap, error) {
+	if isUnpackKey(info.Name) {
+		return nil, nil
+	}
+	m, err := parseIDMap(info.Labels)
 	if m == nil || err != nil || len(parents) == 0 {
 		return m, err
 	}

@@ -15,7 +15,7 @@ import (
 	"github.com/containerd/containerd/v2/pkg/archive"
 	"github.com/containerd/containerd/v2/plugins/snapshots/overlay"
 	"github.com/containerd/errdefs"
-	"golang.org/x/sys/unix"
+	digest "github.com/opencontainers/go-digest"
 )
 
 // inUserNamespace asks for a snapshot as clients do for a container in a user namespace.
@@ -248,23 +248,7 @@ func shift(root string) error {
 
 // A host without id-mapped mounts: overlayfs does not allow them on itself.
 func TestIDMappedWhereItDoesNotWork(t *testing.T) {
-	below := t.TempDir()
-	for _, d := range []string{"lower", "upper", "work", "merged"} {
-		if err := os.Mkdir(filepath.Join(below, d), 0o755); err != nil {
-			t.Fatal(err)
-		}
-	}
-	merged := filepath.Join(below, "merged")
-	options := fmt.Sprintf("lowerdir=%[1]s/lower,upperdir=%[1]s/upper,workdir=%[1]s/work", below)
-	if err := unix.Mount("overlay", merged, "overlay", 0, options); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		if err := unmountAll(merged); err != nil {
-			t.Error(err)
-		}
-	})
-	r := newRigIn(t, merged, Options{})
+	r := newRigIn(t, onOverlay(t), Options{})
 	if st := r.Status(); st.IDMapped || st.NotIDMapped == "" {
 		t.Errorf("status %+v, want a reason against id-mapped mounts", st)
 	}
@@ -404,5 +388,32 @@ func TestParseIDMap(t *testing.T) {
 	}
 	if _, err := parseIDMap(map[string]string{snapshots.LabelSnapshotUIDMapping: "0:1:1"}); !errdefs.IsInvalidArgument(err) {
 		t.Errorf("one label: got %v, want ErrInvalidArgument", err)
+	}
+}
+
+// The same where the layer is not adopted but unpacked through the mounts, as containerd's own differ does: who may
+// write to an image's root is nothing that its annotations say, for all images with these layers share it.
+func TestIDMappedByAnnotationThroughMounts(t *testing.T) {
+	r := newRig(t, ModeFile)
+	chain := func(name string) string { return "extract-123456789-AbC_ " + digest.FromString(name).String() }
+	for _, parent := range []string{"", r.pull(t, unpacks[0], "x", "", image(t)[0])} {
+		key := "default/7/" + chain(parent)
+		mounts, err := r.Prepare(t.Context(), key, parent, inUserNamespace)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if strings.Contains(fmt.Sprint(mounts), "idmap") {
+			t.Errorf("mounts %v", mounts)
+		}
+		if err := mount.WithTempMount(t.Context(), mounts, write("f", nil)); err != nil {
+			t.Fatal(err)
+		}
+		r.commit(t, "done"+parent, key, "")
+		if got := r.show(t, "done"+parent)["."]; got != "mode=40755 uid=0 gid=0" {
+			t.Errorf("over %q the root is %s", parent, got)
+		}
+		if _, err := r.Prepare(t.Context(), "container"+parent, "done"+parent, inUserNamespace); err != nil {
+			t.Errorf("a container in a user namespace: %v", err)
+		}
 	}
 }

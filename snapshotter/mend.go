@@ -146,7 +146,7 @@ func (s *Snapshotter) remakeFolders(ctx context.Context, f Flaw) (string, error)
 	}
 	defer unlock()
 	const did = "made again, empty: what the container had written there is lost"
-	ids, err := s.mapping(ctx, h.Labels, h.parents)
+	ids, err := s.mapping(ctx, h.Info, h.parents)
 	if err != nil {
 		return "", err
 	}
