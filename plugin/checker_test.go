@@ -6,16 +6,20 @@ import (
 	"errors"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
 	contentapi "github.com/containerd/containerd/api/services/content/v1"
+	snapshotsapi "github.com/containerd/containerd/api/services/snapshots/v1"
 	ccontent "github.com/containerd/containerd/v2/core/content"
 	contentproxy "github.com/containerd/containerd/v2/core/content/proxy"
+	snapshotsproxy "github.com/containerd/containerd/v2/core/snapshots/proxy"
 	"github.com/containerd/containerd/v2/pkg/namespaces"
 	"github.com/containerd/errdefs"
 	digest "github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+	"golang.org/x/sys/unix"
 
 	"github.com/gantryd/gantry/plugin/check"
 )
@@ -113,5 +117,45 @@ func TestCheckEndsWithItsClient(t *testing.T) {
 	}
 	if err := Check(t.Context(), c, check.Request{}, func(check.Event) error { return enough }); !errors.Is(err, enough) {
 		t.Errorf("nobody listens: %v", err)
+	}
+}
+
+// What a container wrote and that is gone is told by every check, and no repair and no start hides it.
+func TestCheckKeepsToLostUpperFiles(t *testing.T) {
+	t.Parallel()
+	c := testConfig(t, "[snapshotter]\nupper = 'file'\nupper_size = '16MiB'\n")
+	_, stop := run(t, c)
+	conn := dial(t, c.Address)
+	sn := snapshotsproxy.NewSnapshotter(snapshotsapi.NewSnapshotsClient(conn), "gantry")
+	ctx := namespaces.WithNamespace(t.Context(), "default")
+	if _, err := sn.Prepare(ctx, "container", ""); err != nil {
+		t.Fatal(err)
+	}
+	mnt, file := filepath.Join(c.Root, "mnt", "1.rw"), filepath.Join(c.Root, "snapshots", "1", "upper.ext4")
+	t.Cleanup(func() { _ = unix.Unmount(mnt, unix.MNT_DETACH) })
+	if err := stop(); err != nil { // when it has come to the disk
+		t.Fatal(err)
+	}
+	if err := errors.Join(unix.Unmount(mnt, 0), os.Remove(file)); err != nil {
+		t.Fatal(err)
+	}
+	for _, repair := range []bool{false, true, false} {
+		faults, _, _, err := gather(func(send func(check.Event) error) error {
+			return Check(t.Context(), c, check.Request{Repair: repair}, send)
+		})
+		want := []string{"found snapshot upper.ext4"}
+		if repair {
+			want = append(want, "failed snapshot upper.ext4")
+		}
+		if err != nil || !slices.Equal(faults, want) {
+			t.Errorf("repair %v: %v, %v, want %v", repair, faults, err, want)
+		}
+	}
+	_, stop = run(t, c)
+	if _, err := sn.Mounts(ctx, "container"); err == nil || !strings.Contains(err.Error(), file) {
+		t.Errorf("got %v, want an error that names the file", err)
+	}
+	if err := errors.Join(sn.Remove(ctx, "container"), stop()); err != nil {
+		t.Error(err)
 	}
 }

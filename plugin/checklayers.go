@@ -189,6 +189,14 @@ func (c *checking) snapshotFinding(f snapshotter.Flaw) finding {
 		}
 		fault.Meaning = "what the container wrote is lost, and it cannot be started again"
 		fault.Cure = "remove the container and make it again; gantry check --repair gives it an empty folder"
+	case snapshotter.PartUpper:
+		fault.Meaning = "what the container wrote cannot be read: it goes on at most until it stops"
+		fault.Cure = "save what is needed, remove the container and make it again (a damaged file: stop the container, unmount mnt/ID.rw below root, e2fsck -f)"
+		repair = nil
+		if f.Kind == snapshots.KindCommitted {
+			fault.Meaning, fault.Cure = "new containers of the image do not start", layerCure
+			repair = func(ctx context.Context) (string, error) { return c.relayer(ctx, f) }
+		}
 	case snapshotter.PartIndex:
 		fault.What, fault.Meaning = "index", "containers of the image may see wrong names and attributes; it is not used for a new mount"
 		fault.Cure = "gantryd makes it again before it mounts it; gantry check --repair does so now"

@@ -46,6 +46,7 @@ const (
 	PartMount    Part = "mount"       // shows something else, or belongs to nobody
 	PartLeftover Part = "leftover"    // of a crash or of a removed snapshot
 	PartLoop     Part = "loop device" // of a snapshot that is gone, with no user
+	PartUpper    Part = "upper file"  // of a container or of its commit: gone, or damaged
 )
 
 // leftAfter is how old what looks like a leftover must be: a Cleanup or a worker may be about to remove it.
@@ -134,7 +135,7 @@ func (s *Snapshotter) suspects(ctx context.Context, only []Flaw) ([]Flaw, error)
 		if only != nil && !slices.ContainsFunc(only, func(f Flaw) bool { return f.ID == id }) || s.busy(id) {
 			continue
 		}
-		if flaws := s.examine(ctx, id, h, mounts[s.mountpoint(id)]); !s.busy(id) {
+		if flaws := s.examine(ctx, id, h, s.shownBy(mounts, id)); !s.busy(id) {
 			found = append(found, flaws...)
 		}
 	}
@@ -145,7 +146,7 @@ func (s *Snapshotter) suspects(ctx context.Context, only []Flaw) ([]Flaw, error)
 }
 
 // examine looks at one snapshot.
-func (s *Snapshotter) examine(ctx context.Context, id string, h held, mounted []string) (found []Flaw) {
+func (s *Snapshotter) examine(ctx context.Context, id string, h held, mounted shown) (found []Flaw) {
 	flaw := func(p Part, path string, d digest.Digest, format string, a ...any) {
 		found = append(found, Flaw{ID: id, Key: h.key, Kind: h.Kind, Part: p, Path: path, DiffID: d, Problem: fmt.Sprintf(format, a...)})
 	}
@@ -154,6 +155,10 @@ func (s *Snapshotter) examine(ctx context.Context, id string, h held, mounted []
 	}
 	if !exists(s.dir(id)) {
 		flaw(PartFolder, s.dir(id), "", "the snapshot's folder is gone")
+		return found
+	}
+	if problem := s.upperProblem(id, mounted.upper); problem != "" && !s.isTar(id) {
+		flaw(PartUpper, s.upperFile(id), "", "%s", problem)
 		return found
 	}
 	// One in an upper file is made, or mounted again, when its mounts are asked for.
@@ -197,10 +202,47 @@ func (s *Snapshotter) examine(ctx context.Context, id string, h held, mounted []
 			flaw(PartLeftover, filepath.Join(s.dir(id), e.Name()), "", "half of a file")
 		}
 	}
-	if len(mounted) > 0 && mounted[len(mounted)-1] != s.index(id) {
-		flaw(PartMount, s.mountpoint(id), a.diffID, "it shows %s instead of %s", mounted[len(mounted)-1], s.index(id))
+	if shown := mounted.layer; shown != "" && shown != s.index(id) {
+		flaw(PartMount, s.mountpoint(id), a.diffID, "it shows %s instead of %s", shown, s.index(id))
 	}
 	return found
+}
+
+// shown are the files that the mount points of a snapshot show; "" where nothing is mounted.
+type shown struct{ layer, upper string }
+
+func (l layout) shownBy(mounts map[string][]string, id string) shown {
+	top := func(target string) string {
+		if all := mounts[target]; len(all) > 0 {
+			return all[len(all)-1]
+		}
+		return ""
+	}
+	return shown{layer: top(l.mountpoint(id)), upper: top(l.upperMount(id))}
+}
+
+// upperProblem says what is wrong with an upper file; "" for nothing, or if there is none. mounted is what is mounted
+// where it belongs.
+func (l layout) upperProblem(id, mounted string) string {
+	if err := l.lostUpper(id); err != nil {
+		if mounted == l.upperFile(id) { // as the kernel calls it, also if it is gone
+			return fmt.Sprintf("%v; it is still mounted: save what is needed from %s", err, filepath.Join(l.upperMount(id), "upper"))
+		}
+		return err.Error()
+	}
+	if !l.hasUpperFile(id) {
+		return ""
+	}
+	super, err := readSuperblock(l.upperFile(id))
+	switch {
+	case err != nil:
+		return err.Error()
+	case super == nil: // lost with the power, and made again when it is asked for
+		return ""
+	case mounted != "" && mounted != l.upperFile(id):
+		return fmt.Sprintf("%s shows %s instead of it", l.upperMount(id), mounted)
+	}
+	return superblockProblem(super)
 }
 
 // examineLayer looks at the parts of a tar layer.
@@ -246,7 +288,11 @@ func (s *Snapshotter) strays(all map[string]held, mounts map[string][]string) ([
 		case aged(s.dir(name)):
 			found = append(found, Flaw{Part: PartLeftover, Path: s.dir(name), Problem: "a folder of no snapshot"})
 		case !exists(s.dir(name)): // a folder that is there goes with the next clean-up, and its mount first
-			found = append(found, Flaw{Part: PartMount, Path: s.mountpoint(name), Problem: "a mount point of no snapshot"})
+			path := s.mountpoint(name)
+			if !exists(path) {
+				path = s.upperMount(name)
+			}
+			found = append(found, Flaw{Part: PartMount, Path: path, Problem: "a mount point of no snapshot"})
 		}
 	}
 	for _, l := range idleLoops(s.root) {

@@ -137,8 +137,8 @@ func (s *Snapshotter) recover(ctx context.Context, tree map[string]node) error {
 		return err
 	}
 	for _, name := range names {
-		if err := s.discard(ctx, name); err != nil {
-			return fmt.Errorf("snapshot %s, which is not in the database: %w", name, err)
+		if err := s.discard(ctx, name); err != nil { // the next Cleanup tries again
+			log.G(ctx).WithError(err).WithField("snapshot", name).Error("snapshotter: cannot remove what is left of a snapshot")
 		}
 	}
 	for id, n := range tree {
@@ -171,14 +171,16 @@ func (s *Snapshotter) repair(ctx context.Context, id string, n node) error {
 	if exists(s.extracting(id)) {
 		if s.hasUpperFile(id) {
 			if err := s.remountUpper(ctx, id); err != nil {
-				return err
+				log.G(ctx).WithError(err).WithField("snapshot", id).Error("snapshotter: upper file") // as Mounts says
+				return nil
 			}
 		}
 		if err := s.rollBack(id, n.Kind); err != nil {
 			return err
 		}
 	}
-	if !s.hasUpperFile(id) {
+	// A file that is gone may still be mounted, and somebody save what is in it.
+	if !s.hasUpperFile(id) && s.lostUpper(id) == nil {
 		if err := s.dropUpperFile(ctx, id); err != nil { // its mount point
 			return err
 		}
@@ -212,6 +214,12 @@ func (s *Snapshotter) rollBack(id string, kind snapshots.Kind) error {
 func (s *Snapshotter) resume(ctx context.Context, tree map[string]node) {
 	started := 0
 	for id, n := range tree {
+		if s.hasUpperFile(id) && !exists(s.upperSynced(id)) { // killed before the worker came to it
+			_ = s.work.submit(func(ctx context.Context) {
+				dev, _ := openLoop(s.upperFile(id))
+				s.settleUpper(ctx, id, dev)
+			})
+		}
 		if n.Kind == snapshots.KindCommitted && !s.isReady(id) {
 			s.schedule(id, n.parents)
 			started++

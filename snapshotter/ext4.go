@@ -39,12 +39,14 @@ const (
 	ext4InodeCount = 0x00
 	ext4FreeInodes = 0x10
 	ext4MagicAt    = 0x38
+	ext4State      = 0x3a
 	ext4UUID       = 0x68
 	ext4HashSeed   = 0xec
 	ext4Checksum   = 0x3fc
 	ext4IDSize     = 16
 
-	ext4Magic = 0xef53
+	ext4Magic    = 0xef53
+	ext4HasError = 2 // in the state
 )
 
 // keptTemplates bounds the sizes that are kept in memory, 70 KB each for 10
@@ -223,6 +225,17 @@ func ext4Sum(b []byte) uint32 { return ^crc32.Checksum(b, crc32.MakeTable(crc32.
 
 func isSuperblock(b []byte) bool {
 	return len(b) >= ext4MagicAt+2 && binary.LittleEndian.Uint16(b[ext4MagicAt:]) == ext4Magic
+}
+
+// superblockProblem says what is wrong with a superblock, "" for nothing.
+func superblockProblem(super []byte) string {
+	switch {
+	case ext4Sum(super[:ext4Checksum]) != binary.LittleEndian.Uint32(super[ext4Checksum:]):
+		return "its superblock is damaged: the checksum differs"
+	case binary.LittleEndian.Uint16(super[ext4State:])&ext4HasError != 0:
+		return "the kernel has met errors in its file system"
+	}
+	return ""
 }
 
 // readSuperblock returns nil for a file without one.

@@ -46,7 +46,7 @@ func (s *Snapshotter) extract(ctx context.Context, id, tar string, parents []str
 		}
 		return err
 	}
-	return unix.Syncfs(int(f.Fd()))
+	return syncFileSystem(s.upper(id)) // which an upper file has of its own
 }
 
 // materialise turns an adopted layer into plain files.
@@ -108,6 +108,9 @@ func (s *Snapshotter) settle(ctx context.Context, id string, parents []string) e
 		err = dropWhiteouts(s.upper(id))
 	} else {
 		err = s.inherit(ctx, id, parents)
+	}
+	if err == nil && s.hasUpperFile(id) {
+		err = syncFileSystem(s.upper(id)) // another file system than the mark's
 	}
 	if err != nil {
 		return err

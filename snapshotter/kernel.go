@@ -166,30 +166,52 @@ func tryLoop(control, backing *os.File, kind loopKind) (*os.File, error) {
 	return dev, nil
 }
 
-// loopHas returns an error unless the loop device has the file.
-func loopHas(dev, file string) error {
-	b, err := os.ReadFile(filepath.Join("/sys/block", filepath.Base(dev), "loop/backing_file"))
-	if err != nil {
-		return err
-	}
-	if got := strings.TrimSuffix(string(b), "\n"); got != file {
-		return fmt.Errorf("%s has %s instead of %s: %w", dev, got, file, errdefs.ErrNotFound)
-	}
-	return nil
-}
-
-// findLoop returns the loop device that has the file, which is named by the
-// path that the kernel knows it by; "" if there is none.
-func findLoop(file string) (string, error) {
+// openLoop opens the loop device that has the file, which is named by the path
+// that the kernel knows it by; nil if there is none.
+func openLoop(file string) (*os.File, error) {
 	names, err := filepath.Glob("/sys/block/loop*/loop/backing_file")
 	if err != nil {
-		return "", err
+		return nil, err
 	}
 	for _, name := range names {
-		// One that is detached meanwhile has no such file any more.
-		if dev := "/dev/" + filepath.Base(filepath.Dir(filepath.Dir(name))); loopHas(dev, file) == nil {
+		if dev := openLoopOf("/dev/"+filepath.Base(filepath.Dir(filepath.Dir(name))), file); dev != nil {
 			return dev, nil
 		}
 	}
-	return "", nil
+	return nil, nil
+}
+
+// openLoopOf opens a loop device if it has the file, else it returns nil. While
+// it is open the kernel does not detach it, so it cannot become that of
+// another file before it is used.
+func openLoopOf(device, file string) *os.File {
+	has := func() bool { // one that is detached meanwhile has no such file any more
+		b, err := os.ReadFile(filepath.Join("/sys/block", filepath.Base(device), "loop/backing_file"))
+		return err == nil && strings.TrimSuffix(string(b), "\n") == file
+	}
+	if !has() {
+		return nil
+	}
+	dev, err := os.Open(device)
+	if err != nil {
+		return nil
+	}
+	if !has() {
+		_ = dev.Close()
+		return nil
+	}
+	return dev
+}
+
+// deviceOf returns the path of the block device that is mounted at a path.
+func deviceOf(path string) (string, error) {
+	var st unix.Stat_t
+	if err := unix.Lstat(path, &st); err != nil {
+		return "", fmt.Errorf("%s: %w", path, err)
+	}
+	to, err := os.Readlink(fmt.Sprintf("/sys/dev/block/%d:%d", unix.Major(st.Dev), unix.Minor(st.Dev)))
+	if err != nil {
+		return "", err
+	}
+	return "/dev/" + filepath.Base(to), nil
 }

@@ -26,6 +26,7 @@ func (l layout) upperFile(id string) string { return filepath.Join(l.dir(id), "u
 func (l layout) upperMount(id string) string {
 	return filepath.Join(l.root, "mnt", id+upperMountSuffix)
 }
+func (l layout) upperSynced(id string) string { return filepath.Join(l.dir(id), "upper.synced") }
 func (l layout) layer(id string) string       { return filepath.Join(l.dir(id), "layer") }
 func (l layout) index(id string) string       { return filepath.Join(l.dir(id), "index") }
 func (l layout) lowestIndex(id string) string { return filepath.Join(l.dir(id), "index.lowest") }
@@ -134,9 +135,9 @@ func writeFile(name string, sync bool, fill func(io.Writer) error) (err error) {
 	return os.Rename(name+".tmp", name)
 }
 
-// syncDir makes the entries of the folders durable.
-func syncDir(dirs ...string) error {
-	for _, d := range dirs {
+// syncDir makes the entries of folders durable, or the content of a file.
+func syncDir(names ...string) error {
+	for _, d := range names {
 		f, err := os.Open(d)
 		if err != nil {
 			return err
@@ -146,6 +147,15 @@ func syncDir(dirs ...string) error {
 		}
 	}
 	return nil
+}
+
+// syncFileSystem makes all durable that was written to the file system of name.
+func syncFileSystem(name string) error {
+	f, err := os.Open(name)
+	if err != nil {
+		return err
+	}
+	return errors.Join(unix.Syncfs(int(f.Fd())), f.Close())
 }
 
 // removeFile removes a file or an empty directory that may be gone already.

@@ -35,7 +35,7 @@ func (s *Snapshotter) Mend(ctx context.Context, f Flaw) (string, error) {
 		if path, err := s.layers.Path(f.DiffID); err == nil && path == f.Path {
 			return "the file has its name again", s.layers.Give(f.DiffID, s.layer(f.ID)) // the caller has verified it
 		}
-	case PartRecord, PartLoop:
+	case PartRecord, PartLoop, PartUpper:
 	}
 	return "", fmt.Errorf("%s: %w", f.Path, errdefs.ErrNotImplemented)
 }

@@ -97,15 +97,15 @@ func (s *Snapshotter) schedule(id string, parents []string) *job {
 
 // realize is called with the lock of id held.
 func (s *Snapshotter) realize(ctx context.Context, id string, parents []string) error {
+	if !s.isTar(id) {
+		if err := s.mountCommitted(ctx, id); err != nil {
+			return err
+		}
+	}
 	switch {
 	case exists(s.pending(id)):
 		return s.settle(ctx, id, parents)
 	case !s.isTar(id):
-		if s.hasUpperFile(id) && !s.upperMounted(id) {
-			if err := s.mountUpper(ctx, id); err != nil {
-				return err
-			}
-		}
 		if !exists(s.upper(id)) {
 			return fmt.Errorf("%s is gone; remove the image and pull it again: %w", s.dir(id), errdefs.ErrDataLoss)
 		}

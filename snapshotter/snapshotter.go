@@ -17,6 +17,7 @@
 //
 //	snapshots/<id>/upper, work  where a container or a differ writes
 //	snapshots/<id>/upper.ext4   the same, in a file of Options.UpperSize
+//	snapshots/<id>/upper.synced marks an upper.ext4 that reached the disk: without it, or damaged, it is lost
 //	snapshots/<id>/layer        adopted: the tar (hard link)
 //	snapshots/<id>/diffid       adopted: digest and size of the tar
 //	snapshots/<id>/index        derived from the tar, with a checksum; never synced
@@ -32,8 +33,8 @@
 //
 // containerd's garbage collection waits behind Prepare, View, Commit and
 // Remove, so these do one database transaction and, for a missing mount, one
-// mount(2). Prepare with an upper file writes some 20 blocks and mounts it. What takes longer is done by Adopt, before Commit, or by a worker,
-// after it.
+// mount(2). Prepare with an upper file writes some 20 blocks and mounts it. What
+// takes longer is done by Adopt, before Commit, or by a worker, after it.
 //
 // The mounts at mnt/<id> must be visible to containerd, so both run in the same
 // mount namespace, or in two that share the propagation of root.

@@ -5,6 +5,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
@@ -33,6 +34,9 @@ func (s *Snapshotter) openUpper(ctx context.Context, snap storage.Snapshot, f fo
 		return err
 	}
 	defer unlock()
+	if err := s.lostUpper(snap.ID); err != nil {
+		return err
+	}
 	switch {
 	case !exists(s.dir(snap.ID)):
 		return fmt.Errorf("snapshot was removed meanwhile: %w", errdefs.ErrNotFound)
@@ -68,10 +72,13 @@ func (s *Snapshotter) newUpperFile(ctx context.Context, id string, size int64) (
 // remountUpper mounts the upper file of an active snapshot if it is not mounted. The
 // caller holds the lock of id. A file whose superblock never reached the disk
 // has lost nothing that anybody synced: the first sync of anything in it
-// writes the superblock too.
+// writes the superblock too. It is made again; one that did is not.
 func (s *Snapshotter) remountUpper(ctx context.Context, id string) error {
 	if s.upperMounted(id) {
 		return nil
+	}
+	if err := s.lostUpper(id); err != nil {
+		return err
 	}
 	super, err := readSuperblock(s.upperFile(id))
 	if err != nil {
@@ -99,7 +106,7 @@ func (s *Snapshotter) remountUpper(ctx context.Context, id string) error {
 // openCommitted mounts the upper file of a committed snapshot, if it is one and
 // is not mounted.
 func (s *Snapshotter) openCommitted(ctx context.Context, id string) error {
-	if exists(s.upper(id)) || !s.hasUpperFile(id) {
+	if exists(s.upper(id)) {
 		return nil
 	}
 	unlock, err := s.locks.lock(ctx, id)
@@ -107,7 +114,15 @@ func (s *Snapshotter) openCommitted(ctx context.Context, id string) error {
 		return err
 	}
 	defer unlock()
-	if s.upperMounted(id) {
+	return s.mountCommitted(ctx, id)
+}
+
+// mountCommitted is openCommitted for a caller that holds the lock of id.
+func (s *Snapshotter) mountCommitted(ctx context.Context, id string) error {
+	if err := s.lostUpper(id); err != nil {
+		return err
+	}
+	if !s.hasUpperFile(id) || s.upperMounted(id) {
 		return nil
 	}
 	return s.mountUpper(ctx, id)
@@ -132,19 +147,13 @@ func (s *Snapshotter) attachUpper(ctx context.Context, id string, fresh bool) (s
 	if err := os.Mkdir(target, 0o700); err != nil && !errors.Is(err, fs.ErrExist) {
 		return nil, err
 	}
-	used := ""
 	if !fresh {
-		if used, err = findLoop(file); err != nil {
+		used, err := openLoop(file)
+		if err != nil {
 			return nil, err
 		}
-	}
-	if used != "" {
-		err := unix.Mount(used, target, "ext4", 0, upperFileOptions)
-		if err == nil {
-			return func() {}, nil
-		}
-		if still, _ := findLoop(file); still != "" {
-			return nil, fmt.Errorf("mount %s, which has %s, on %s: %w", used, file, target, err)
+		if used != nil {
+			return func() {}, errors.Join(mountUpperLoop(used, file, target), used.Close())
 		}
 	}
 	dev, err := mountUpperFile(ctx, file, target)
@@ -165,47 +174,76 @@ func mountUpperFile(ctx context.Context, file, target string) (*os.File, error) 
 	if err != nil {
 		return nil, err
 	}
-	if err := unix.Mount(dev.Name(), target, "ext4", 0, upperFileOptions); err != nil {
-		return nil, errors.Join(fmt.Errorf("mount %s, which has %s, on %s: %w", dev.Name(), file, target, err), dev.Close())
+	if err := mountUpperLoop(dev, file, target); err != nil {
+		return nil, errors.Join(err, dev.Close())
 	}
 	return dev, nil
+}
+
+func mountUpperLoop(dev *os.File, file, target string) error {
+	if err := unix.Mount(dev.Name(), target, "ext4", 0, upperFileOptions); err != nil {
+		return fmt.Errorf("mount %s, which has %s, on %s: %w", dev.Name(), file, target, err)
+	}
+	return nil
 }
 
 // settleUpper does what need not hold up a Prepare: the file becomes durable, and
 // from then on what a container writes is cached once, in its own file system,
 // and not in the file's pages again. Where the disk's file system has no direct
-// I/O it is cached twice.
+// I/O it is cached twice. dev is its loop device, which is closed; nil if it has
+// none.
 func (s *Snapshotter) settleUpper(ctx context.Context, id string, dev *os.File) {
-	err := syncFile(s.upperFile(id))
-	if errors.Is(err, fs.ErrNotExist) {
-		_ = dev.Close() // removed meanwhile
-		return
+	err := s.syncUpperFile(id)
+	if dev != nil {
+		if e := unix.IoctlSetInt(int(dev.Fd()), unix.LOOP_SET_DIRECT_IO, 1); e != nil {
+			log.G(ctx).WithError(e).WithField("snapshot", id).Debug("snapshotter: no direct I/O on the upper file")
+		}
+		err = errors.Join(err, dev.Close())
 	}
-	err = errors.Join(err, syncDir(s.dir(id)))
-	if e := unix.IoctlSetInt(int(dev.Fd()), unix.LOOP_SET_DIRECT_IO, 1); e != nil {
-		log.G(ctx).WithError(e).WithField("snapshot", id).Debug("snapshotter: no direct I/O on the upper file")
-	}
-	if err = errors.Join(err, dev.Close()); err != nil {
+	if err != nil && s.hasUpperFile(id) { // else it was removed meanwhile
 		log.G(ctx).WithError(err).WithField("snapshot", id).Warn("snapshotter: upper file is not synced")
 	}
 }
 
-func syncFile(name string) error {
-	f, err := os.Open(name)
-	if err != nil {
+// syncUpperFile makes an upper file durable and notes that it is. Whoever drops
+// the file meanwhile takes the note away after it.
+func (s *Snapshotter) syncUpperFile(id string) error {
+	if err := syncDir(s.upperFile(id)); err != nil {
 		return err
 	}
-	return errors.Join(f.Sync(), f.Close())
+	if super, err := readSuperblock(s.upperFile(id)); super == nil {
+		return err // lost with the power, and made again when it is asked for
+	}
+	if err := writeFile(s.upperSynced(id), false, func(io.Writer) error { return nil }); err != nil {
+		return err
+	}
+	if !s.hasUpperFile(id) {
+		return removeFile(s.upperSynced(id))
+	}
+	return syncDir(s.dir(id))
+}
+
+// lostUpper returns an error if the upper file of a snapshot reached the disk
+// and is not there any more.
+func (l layout) lostUpper(id string) error {
+	if !exists(l.upperSynced(id)) {
+		return nil
+	}
+	super, err := readSuperblock(l.upperFile(id))
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
+		return fmt.Errorf("%s is gone, and what was written there: %w", l.upperFile(id), errdefs.ErrDataLoss)
+	case err == nil && super == nil:
+		return fmt.Errorf("%s holds no file system any more: %w", l.upperFile(id), errdefs.ErrDataLoss)
+	}
+	return err
 }
 
 // syncUpper makes what was committed durable, after Commit.
 func (s *Snapshotter) syncUpper(ctx context.Context, id string) {
-	f, err := os.Open(s.upper(id))
+	err := syncFileSystem(s.upper(id))
 	if errors.Is(err, fs.ErrNotExist) {
 		return // removed meanwhile, or not mounted: then it was
-	}
-	if err == nil {
-		err = errors.Join(unix.Syncfs(int(f.Fd())), f.Close())
 	}
 	if err != nil {
 		log.G(ctx).WithError(err).WithField("snapshot", id).Warn("snapshotter: committed upper file is not synced")
@@ -221,25 +259,30 @@ func (s *Snapshotter) dropUpperFile(ctx context.Context, id string) error {
 	if !exists(target) && !exists(file) {
 		return nil
 	}
-	find := func() (string, error) { return findLoop(file) }
-	var st unix.Stat_t
-	if s.upperMounted(id) && unix.Lstat(target, &st) == nil { // there may be many devices to look through
-		dev := fmt.Sprintf("/dev/loop%d", unix.Minor(st.Dev))
-		find = func() (string, error) { return dev, loopHas(dev, file) }
+	// There may be many devices to look through.
+	device, known := "", s.upperMounted(id)
+	if known {
+		device, _ = deviceOf(target)
 	}
 	if err := unmountAll(target); err != nil {
 		return err
 	}
-	if dev, err := find(); err == nil && dev != "" {
-		if err := clearElsewhere(dev, target); err != nil {
+	var dev *os.File
+	if known {
+		dev = openLoopOf(device, file)
+	} else {
+		dev, _ = openLoop(file)
+	}
+	if dev != nil {
+		if err := errors.Join(clearElsewhere(dev, file, target), dev.Close()); err != nil {
 			log.G(ctx).WithError(err).WithField("snapshot", id).Debug("snapshotter: upper file of a removed snapshot is still in use")
 		}
 	}
-	return errors.Join(removeFile(target), removeFile(file))
+	return errors.Join(removeFile(target), removeFile(s.upperSynced(id)), removeFile(file), removeFile(s.upperSynced(id)))
 }
 
-func clearElsewhere(dev, target string) error {
-	if err := unix.Mount(dev, target, "ext4", 0, upperFileOptions); err != nil {
+func clearElsewhere(dev *os.File, file, target string) error {
+	if err := mountUpperLoop(dev, file, target); err != nil {
 		return err
 	}
 	return errors.Join(clearDir(filepath.Join(target, "upper")), unmountAll(target))

@@ -437,6 +437,9 @@ func TestUpperFileAfterCrash(t *testing.T) {
 			id := r.container(t, "c", top)
 			r.restart(t, func() {
 				r.unmountLayers(t)
+				if err := os.Remove(r.upperSynced(id)); err != nil { // it had not come to that
+					t.Fatal(err)
+				}
 				if err := crash(t, r, id); err != nil {
 					t.Fatal(err)
 				}
