@@ -32,10 +32,14 @@ func TestCRIRestarts(t *testing.T) {
 			if err := n.StartGantryd(t.Context()); err != nil {
 				return err
 			}
-			eventually(t, "containerd to notice", func() error { // it waits a little longer after each failed attempt
-				_, err := n.Ctr(t.Context(), "k8s.io", "content", "ls", "-q")
-				return err
-			})
+			// containerd has a connection for content and one for snapshots, waits a little longer after each failed
+			// attempt, and answers lists from its own database.
+			for _, command := range [][]string{{"content", "get", im.Config.Digest.String()}, {"snapshots", "--snapshotter", n.Snapshotter, "usage"}} {
+				eventually(t, "containerd to notice", func() error {
+					_, err := n.Ctr(t.Context(), "k8s.io", command...)
+					return err
+				})
+			}
 			return nil
 		}
 	}
