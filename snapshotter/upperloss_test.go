@@ -9,6 +9,7 @@ import (
 
 	"github.com/containerd/containerd/v2/core/snapshots"
 	"github.com/containerd/errdefs"
+	"golang.org/x/sys/unix"
 )
 
 // loseUpperFile are ways in which what a container wrote gets lost for good.
@@ -214,4 +215,95 @@ func TestRestoredDatabaseReusesIDs(t *testing.T) {
 		}
 		return nil
 	})
+}
+
+// TestUpperFileSettlesAfterKill: a gantryd that is killed before its worker comes to a new file leaves the rest to the
+// next one.
+func TestUpperFileSettlesAfterKill(t *testing.T) {
+	r := newFileRig(t)
+	id := r.container(t, "c", "")
+	directIO := func(t *testing.T, on int) string {
+		t.Helper()
+		dev, err := openLoop(r.upperFile(id))
+		if err != nil || dev == nil {
+			t.Fatalf("loop device %v, %v", dev, err)
+		}
+		defer dev.Close()
+		if on >= 0 {
+			if err := unix.IoctlSetInt(int(dev.Fd()), unix.LOOP_SET_DIRECT_IO, on); err != nil {
+				t.Fatal(err)
+			}
+		}
+		b, err := os.ReadFile(filepath.Join("/sys/block", filepath.Base(dev.Name()), "loop/dio"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		return strings.TrimSpace(string(b))
+	}
+	r.restart(t, func() {
+		if err := os.Remove(r.upperSynced(id)); err != nil {
+			t.Fatal(err)
+		}
+		if got := directIO(t, 0); got != "0" {
+			t.Fatalf("direct I/O is %s", got)
+		}
+	})
+	if err := r.Close(); err != nil { // waits for the worker
+		t.Fatal(err)
+	}
+	if got := directIO(t, -1); got != "1" || !exists(r.upperSynced(id)) {
+		t.Errorf("direct I/O %s, noted as synced: %v", got, exists(r.upperSynced(id)))
+	}
+}
+
+// TestLeftoverThatStays: what a removed container made immutable does not keep gantryd from starting, and goes when it can.
+func TestLeftoverThatStays(t *testing.T) {
+	r := newRig(t, ModeDirectory)
+	stuck := filepath.Join(r.dir("4711"), "upper", "file")
+	if err := os.MkdirAll(filepath.Dir(stuck), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	writeTestFile(t, stuck)
+	flag := func(flags int) {
+		t.Helper()
+		f, err := os.Open(stuck)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := errors.Join(unix.IoctlSetPointerInt(int(f.Fd()), unix.FS_IOC_SETFLAGS, flags), f.Close()); err != nil {
+			t.Fatal(err)
+		}
+	}
+	const immutable = 0x10 // FS_IMMUTABLE_FL
+	flag(immutable)
+	t.Cleanup(func() {
+		if exists(stuck) {
+			flag(0)
+		}
+	})
+	r.restart(t, nil)
+	if err := r.Cleanup(t.Context()); err == nil || !strings.Contains(err.Error(), stuck) {
+		t.Errorf("Cleanup: %v, want an error that names the file", err)
+	}
+	flag(0)
+	if err := r.Cleanup(t.Context()); err != nil || exists(r.dir("4711")) {
+		t.Errorf("Cleanup: %v, it is there: %v", err, exists(r.dir("4711")))
+	}
+}
+
+// TestCheckNamesStrayMountPoints: by the path that is there.
+func TestCheckNamesStrayMountPoints(t *testing.T) {
+	r := newRig(t, ModeDirectory)
+	for _, path := range []string{r.mountpoint("998"), r.upperMount("999")} {
+		if err := os.Mkdir(path, 0o700); err != nil {
+			t.Fatal(err)
+		}
+		found := r.mustCheck(t)
+		if len(found) != 1 || found[0].Path != path || found[0].Part != PartMount {
+			t.Fatalf("found %+v, want %s at %s", found, PartMount, path)
+		}
+		if _, err := r.Mend(t.Context(), found[0]); err != nil || exists(path) {
+			t.Errorf("mended: %v, it is there: %v", err, exists(path))
+		}
+	}
 }
