@@ -93,7 +93,7 @@ func TestCheckOnFullDisk(t *testing.T) {
 	flipByte(t, blob, 1<<20)
 	fill(t, filepath.Join(root, "filler"))
 	out, code := checked(t, n)
-	if code != 1 || !strings.Contains(out, ": 1 faults\n") {
+	if code != 1 || !strings.Contains(out, ": 1 fault\n") {
 		t.Errorf("exit code %d:\n%s", code, out)
 	}
 	out, code = checked(t, n, "--repair")

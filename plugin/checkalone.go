@@ -92,12 +92,12 @@ func checkClosedDatabase(ctx context.Context, root string, repair bool, send fun
 	}
 	state := check.Repaired
 	f.Cure = fmt.Sprintf("it is again as it was saved at %s", saved.Format("2006-01-02 15:04:05"))
-	if lost > 0 {
+	if lost > 0 && !saved.IsZero() {
 		f.Cure += ". Images that were pulled and containers that were made since are not in it: start gantryd, remove those containers, run gantry check --repair once more, and pull those images again"
 	}
 	if saved.IsZero() {
 		state = check.Failed
-		f.Cure = "there was no good copy, so it is empty: remove all images of gantry's, in every namespace, and pull them again"
+		f.Cure = "there was no good copy, so it is empty: start gantryd, remove all containers, run gantry check --repair once more, and pull the images again"
 	}
 	if lost > 0 {
 		f.Cure += fmt.Sprintf("; %d folders of snapshots that it does not know are in %s, with what containers wrote: remove them when nobody needs them", lost, filepath.Join(root, "lost"))

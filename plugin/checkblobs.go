@@ -34,7 +34,7 @@ func (c *checking) checkBlob(ctx context.Context, f content.File) error {
 	if err != nil || problem == "" {
 		return err
 	}
-	return c.reportBlob(ctx, blobFault{"blob", f.Path, f.Digest, f.Size, problem, look})
+	return c.reportBlob(ctx, blobFault{"blob", f.Path, f.Digest, f.Size, problem, false, look})
 }
 
 // checkRecord reads what is left of a discarded blob.
@@ -57,7 +57,7 @@ func (c *checking) checkRecord(ctx context.Context, f content.File) error {
 	if err != nil || problem == "" {
 		return err
 	}
-	return c.reportBlob(ctx, blobFault{"record", f.Path, f.Digest, f.Size, problem, look})
+	return c.reportBlob(ctx, blobFault{"record", f.Path, f.Digest, f.Size, problem, false, look})
 }
 
 // blobFault is what is wrong with a blob.
@@ -66,6 +66,7 @@ type blobFault struct {
 	digest      digest.Digest
 	size        int64
 	problem     string
+	precious    bool                                                  // containerd is not to forget it
 	look        func(ctx context.Context) (problem string, err error) // once more
 }
 
@@ -131,7 +132,7 @@ func (c *checking) repairBlob(ctx context.Context, b blobFault, isLayer bool) (s
 		errs = append(errs, err)
 	}
 	err = errors.Join(errs...)
-	if !isLayer || unwritable(err) {
+	if !isLayer || b.precious || unwritable(err) {
 		return "", fmt.Errorf("it cannot be fetched: %w", err)
 	}
 	for _, o := range owners {
@@ -169,25 +170,35 @@ func (c *checking) checkKnown(ctx context.Context) error {
 	for _, f := range c.store.Files() {
 		there[f.Digest] = true
 	}
+	var gone []digest.Digest
 	for d, owners := range c.known.blobs {
-		if there[d] || len(owners) == 0 {
-			continue
+		if !there[d] && len(owners) > 0 {
+			gone = append(gone, d)
 		}
+	}
+	slices.Sort(gone)
+	problem, precious := missing, false
+	if 2*len(gone) > len(c.known.blobs) {
+		// They may well be in another folder, and containerd's garbage collection would remove there what it has forgotten.
+		problem, precious = missing+", as most that containerd has: is content.root the right folder?", true
+	}
+	for _, d := range gone {
+		owner := c.known.blobs[d][0]
 		// Deleted since containerd was asked?
-		still, err := c.containerd.has(ctx, owners[0].namespace, d)
+		still, err := c.containerd.has(ctx, owner.namespace, d)
 		if err != nil {
 			return fmt.Errorf("ask containerd for %s: %w", d, err)
-		}
-		if _, err := c.store.Info(ctx, d); !still || err == nil {
-			continue
 		}
 		look := func(ctx context.Context) (string, error) {
 			if _, err := c.store.Info(ctx, d); err == nil {
 				return "", nil
 			}
-			return missing, nil
+			return problem, nil
 		}
-		if err := c.reportBlob(ctx, blobFault{"blob", c.store.Path(d), d, owners[0].size, missing, look}); err != nil {
+		if now, err := look(ctx); !still || err != nil || now == "" {
+			continue
+		}
+		if err := c.reportBlob(ctx, blobFault{"blob", c.store.Path(d), d, owner.size, problem, precious, look}); err != nil {
 			return err
 		}
 	}

@@ -118,7 +118,9 @@ func (f *fakeContainerd) serve(t *testing.T, c *config.Config) {
 	go func() { done <- s.Serve(l) }()
 	t.Cleanup(func() {
 		s.Stop()
-		<-done
+		if err := <-done; err != nil {
+			t.Error(err)
+		}
 	})
 }
 
@@ -219,6 +221,39 @@ func TestRepairLooksOnceMore(t *testing.T) {
 		return check.Call(t.Context(), conn, check.Request{Repair: true}, send)
 	})
 	if err != nil || len(faults) != 2 || len(node.forgotten) != 1 {
+		t.Errorf("%v, forgotten %v, %v", faults, node.forgotten, err)
+	}
+	if err := stop(); err != nil {
+		t.Error(err)
+	}
+}
+
+// Where most is missing, content.root may be another folder: containerd forgets none of it.
+func TestRepairOfAnotherRoot(t *testing.T) {
+	t.Parallel()
+	c := testConfig(t, "")
+	node := &fakeContainerd{uses: c.Address, has: map[digest.Digest]int64{}}
+	node.serve(t, c)
+	_, stop := run(t, c)
+	conn := dial(t, c.Address)
+	layer := plainLayer([]byte("one layer"))
+	manifest, config, _ := oneLayer(t, c, layer)
+	for _, d := range []ocispec.Descriptor{layer, manifest, config} {
+		node.has[d.Digest] = d.Size
+	}
+	for _, s := range []string{"a", "b", "c"} {
+		node.has[digest.FromString(s)] = 1
+	}
+	faults, _, _, err := gather(func(send func(check.Event) error) error {
+		return check.Call(t.Context(), conn, check.Request{Repair: true}, send)
+	})
+	failed := 0
+	for _, f := range faults {
+		if strings.HasPrefix(f, check.Failed) {
+			failed++
+		}
+	}
+	if err != nil || failed != 4 || len(node.forgotten) > 0 {
 		t.Errorf("%v, forgotten %v, %v", faults, node.forgotten, err)
 	}
 	if err := stop(); err != nil {

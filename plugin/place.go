@@ -102,7 +102,7 @@ func (p *place) lock(folder string, flag int) error {
 		return fmt.Errorf("lock %s: %w", folder, err)
 	}
 	if !got {
-		return fmt.Errorf("%s is in use by another gantryd; stop it, or set root (and content.root) to other folders: %w",
+		return fmt.Errorf("%s is in use by another gantryd, or by gantry check; stop it, or set root (and content.root) to other folders: %w",
 			folder, errdefs.ErrFailedPrecondition)
 	}
 	p.locks = append(p.locks, l)

@@ -124,13 +124,24 @@ func (s *Snapshotter) copyDatabase(ctx context.Context, to io.Writer) error {
 	return err
 }
 
-// CheckDatabase verifies a copy of the open database: pages that are written meanwhile would look wrong. The copy is in
-// memory, about 2 KiB for each snapshot, so that a full disk and a read-only one can be checked.
-func (s *Snapshotter) CheckDatabase(ctx context.Context) (err error) {
-	fd, err := unix.MemfdCreate(savedName, unix.MFD_CLOEXEC)
-	if err != nil {
+// CheckDatabase verifies a copy of the open database: pages that are written meanwhile would look wrong. The copy, some 10
+// KiB for each snapshot, is in a file without a name, or in memory where the disk is full or read-only.
+func (s *Snapshotter) CheckDatabase(ctx context.Context) error {
+	fd, err := unix.Open(s.root, unix.O_TMPFILE|unix.O_RDWR|unix.O_CLOEXEC, 0o600)
+	if err == nil {
+		if err = s.checkCopy(ctx, fd); err == nil || errdefs.IsDataLoss(err) {
+			return err
+		}
+		log.G(ctx).WithError(err).Debug("snapshotter: the database is checked in memory")
+	}
+	if fd, err = unix.MemfdCreate(savedName, unix.MFD_CLOEXEC); err != nil {
 		return fmt.Errorf("memory for a copy of %s: %w", s.database(), err)
 	}
+	return s.checkCopy(ctx, fd)
+}
+
+// checkCopy verifies a copy in the empty file fd, and closes that.
+func (s *Snapshotter) checkCopy(ctx context.Context, fd int) (err error) {
 	f := os.NewFile(uintptr(fd), s.database())
 	defer func() { err = errors.Join(err, f.Close()) }()
 	if err := s.copyDatabase(ctx, f); err != nil {

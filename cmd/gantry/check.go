@@ -7,13 +7,16 @@ import (
 	"flag"
 	"fmt"
 	"io"
+	"io/fs"
 	"os"
 	"strings"
 	"time"
 
 	"github.com/containerd/errdefs"
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials/insecure"
+	"google.golang.org/grpc/status"
 
 	"github.com/gantryd/gantry/plugin"
 	"github.com/gantryd/gantry/plugin/check"
@@ -85,15 +88,18 @@ func runCheck(ctx context.Context, c *config.Config, flags *flag.FlagSet, stdout
 	case v.found == v.repaired:
 		return nil
 	case !request.Repair:
-		return fmt.Errorf("%d faults", v.found)
+		return errors.New(faults(v.found))
 	}
-	return fmt.Errorf("%d of %d faults remain", v.found-v.repaired, v.found)
+	return fmt.Errorf("%d of %s not repaired", v.found-v.repaired, faults(v.found))
 }
 
 // doCheck has gantryd check, or checks here if there is none.
 func doCheck(ctx context.Context, c *config.Config, r check.Request, tell func(check.Event) error) (err error) {
 	if err := reachable(ctx, c.Address); err != nil {
 		err = plugin.Check(ctx, c, r, tell)
+		if errors.Is(err, fs.ErrPermission) && os.Geteuid() != 0 {
+			return fmt.Errorf("it has to be run by root: %w", err)
+		}
 		if errdefs.IsFailedPrecondition(err) {
 			err = fmt.Errorf("no gantryd answers at %s, but: %w", c.Address, err)
 		}
@@ -115,6 +121,9 @@ func doCheck(ctx context.Context, c *config.Config, r check.Request, tell func(c
 	if err != nil {
 		if cause := context.Cause(ctx); errors.Is(cause, errNoAnswer) {
 			err = cause
+		}
+		if status.Code(err) == codes.Unimplemented {
+			return fmt.Errorf("the gantryd at %s is of an older version that cannot check: restart it with the new one, or stop it and repeat this", c.Address)
 		}
 		return fmt.Errorf("gantryd at %s: %w", c.Address, err)
 	}
@@ -164,7 +173,7 @@ func (v *checkView) tell(e check.Event) error {
 		return nil
 	}
 	v.drawn = true
-	return print(v.out, fmt.Sprintf("\r\x1b[K%d of %d files, %s of %s read, %d faults", e.DoneFiles, e.Files, amount(e.DoneBytes), amount(e.Bytes), v.found))
+	return print(v.out, fmt.Sprintf("\r\x1b[K%d of %d files, %s of %s read, %s", e.DoneFiles, e.Files, amount(e.DoneBytes), amount(e.Bytes), faults(v.found)))
 }
 
 // checkLine is an event for people, one line each; "" for mere progress.
@@ -194,7 +203,14 @@ func checkSummary(e check.Event, found, repaired int, repair bool) string {
 	case found == 0:
 		return read + "no faults\n"
 	case !repair:
-		return fmt.Sprintf("%s%d faults\n", read, found)
+		return fmt.Sprintf("%s%s\n", read, faults(found))
 	}
-	return fmt.Sprintf("%s%d faults, %d repaired\n", read, found, repaired)
+	return fmt.Sprintf("%s%s, %d repaired\n", read, faults(found), repaired)
+}
+
+func faults(n int) string {
+	if n == 1 {
+		return "1 fault"
+	}
+	return fmt.Sprintf("%d faults", n)
 }

@@ -65,11 +65,11 @@ func TestCheckCommand(t *testing.T) {
 		stdout, stderr string
 	}{
 		"clean":          {[]check.Event{{State: check.Progress}, {State: check.Ended, DoneFiles: 3, DoneBytes: 1 << 20}}, nil, nil, exitOK, "3 files checked, 1.0 MiB read: no faults\n", ""},
-		"a fault":        {[]check.Event{{State: check.Found, Fault: fault}, {State: check.Ended}}, nil, nil, exitFailed, "fault: blob /b: its 7 bytes; are wrong: a push fails. Affected: ns/a, ns/b. Cure: pull\n", "gantry: 1 faults"},
+		"a fault":        {[]check.Event{{State: check.Found, Fault: fault}, {State: check.Ended}}, nil, nil, exitFailed, "fault: blob /b: its 7 bytes; are wrong: a push fails. Affected: ns/a, ns/b. Cure: pull\n", "gantry: 1 fault"},
 		"repaired":       {[]check.Event{{State: check.Found, Fault: fault}, {State: check.Repaired, Fault: &cured}, {State: check.Ended}}, nil, []string{"--repair"}, exitOK, "repaired: blob /b: fetched again\n", ""},
-		"not repaired":   {[]check.Event{{State: check.Found, Fault: fault}, {State: check.Failed, Fault: fault}, {State: check.Ended}}, nil, []string{"--repair"}, exitFailed, "not repaired: blob /b: pull\n", "1 of 1 faults remain"},
+		"not repaired":   {[]check.Event{{State: check.Found, Fault: fault}, {State: check.Failed, Fault: fault}, {State: check.Ended}}, nil, []string{"--repair"}, exitFailed, "not repaired: blob /b: pull\n", "1 of 1 fault not repaired"},
 		"not checked":    {nil, errors.New("the disk is away"), nil, exitUsage, "", "the disk is away"},
-		"json":           {[]check.Event{{State: check.Found, Fault: fault}, {State: check.Ended}}, nil, []string{"--json"}, exitFailed, `"state":"found","fault":{"what":"blob","where":"/b"`, "1 faults"},
+		"json":           {[]check.Event{{State: check.Found, Fault: fault}, {State: check.Ended}}, nil, []string{"--json"}, exitFailed, `"state":"found","fault":{"what":"blob","where":"/b"`, "1 fault"},
 		"a note":         {[]check.Event{{Note: "containerd is away"}, {State: check.Ended}}, nil, nil, exitOK, "note: containerd is away\n", ""},
 		"wrong workers":  {nil, nil, []string{"--workers", "-1"}, exitUsage, "", "must not be negative"},
 		"wrong argument": {nil, nil, []string{"now"}, exitUsage, "", `unexpected "now"`},
