@@ -220,7 +220,7 @@ func (s *Snapshotter) syncUpperFile(id string) error {
 	if !s.hasUpperFile(id) {
 		return removeFile(s.upperSynced(id))
 	}
-	return syncDir(s.dir(id))
+	return syncDir(s.dir(id), s.snapshotsDir())
 }
 
 // lostUpper returns an error if the upper file of a snapshot reached the disk
