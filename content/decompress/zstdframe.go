@@ -14,8 +14,13 @@ import (
 // zstdBlock is the most a block of a zstd frame holds and takes, in bytes (RFC 8878, 3.1.1.2.3).
 const zstdBlock = 128 << 10
 
+// zstdRoom is the room for a block and some that the library wants behind output:
+// with less it takes slower ways, and may move what it has decoded.
+const zstdRoom = zstdBlock + 64
+
 var (
 	errZstdBlock  = errors.New("zstd block")
+	errZstdMoved  = errors.New("zstd frame holds more than its block headers say")
 	errZstdMemory = fmt.Errorf("zstd window of more than %d MiB is not supported, compress the layer without --long", MaxWindow>>20)
 )
 
