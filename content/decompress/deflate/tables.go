@@ -99,67 +99,96 @@ func newFixedTables() *tables {
 type code struct {
 	count  [maxCode + 1]uint16
 	sorted [288]uint16 // symbols by length, then by value
-	n      int         // how many of sorted are used
 	max    uint        // longest length
 }
 
 // init sorts lens and judges them as zlib does: over-subscribed codes never pass, incomplete ones only if they are a
 // single code of one bit, or none at all.
+//
+// The halves of lens are counted and sorted side by side: most symbols have one of two or three lengths, so that each
+// would wait for the count that the one before has just stored.
 func (c *code) init(lens []uint8) error {
-	c.count = [maxCode + 1]uint16{}
-	for _, l := range lens {
-		c.count[l&15]++
+	half := len(lens) / 2
+	low, high := lens[:half], lens[half:]
+	var next [2][maxCode + 1]uint16
+	for i, l := range low {
+		next[0][l&15]++
+		next[1][high[i]&15]++
 	}
-	var next [maxCode + 2]uint16
-	left := 1
+	if len(high) > half {
+		next[1][high[half]&15]++
+	}
+	at, left := uint16(0), 1
 	c.max = 0
 	for l := 1; l <= maxCode; l++ {
-		left = left<<1 - int(c.count[l])
+		n := next[0][l] + next[1][l]
+		c.count[l] = n
+		left = left<<1 - int(n)
 		if left < 0 {
 			return errOversubscribed
 		}
-		next[l+1] = next[l] + c.count[l]
-		if c.count[l] > 0 {
+		if n > 0 {
 			c.max = uint(l)
 		}
+		next[0][l], next[1][l], at = at, at+next[0][l], at+n
 	}
-	c.n = int(next[maxCode+1])
 	if left > 0 && c.max > 1 {
 		return errIncomplete
 	}
-	for sym, l := range lens {
-		if l != 0 {
-			c.sorted[next[l&15]] = uint16(sym)
-			next[l&15]++
-		}
+	// Symbols without a code go to the end: no branch on that.
+	next[0][0], next[1][0] = at, at+next[0][0]
+	for i, l := range low {
+		h := high[i] & 15
+		c.sorted[next[0][l&15]] = uint16(i)
+		c.sorted[next[1][h]] = uint16(half + i)
+		next[0][l&15]++
+		next[1][h]++
+	}
+	if len(high) > half {
+		c.sorted[next[1][high[half]&15]] = uint16(2 * half)
 	}
 	return nil
 }
 
-// complete says that every sequence of bits begins with a code.
-func (c *code) complete() bool { return c.max > 0 && (c.max > 1 || c.count[1] == 2) }
-
-// fill is how both tables are laid out: put writes the entries of one symbol, whose reversed code is rev and which takes
-// length bits in table (already less the bits of the first level); link makes the entry that leads to a subtable.
-func (c *code) fill(table []uint32, root uint, put func(table []uint32, sym, rev, length uint), link func(offset, width uint) uint32) {
+// fill lays both tables out: entries has each symbol's entry without the bits of its code, which are added; in a subtable,
+// those behind the first level. link makes the entry that leads to a subtable, invalid is that of bits which begin no code.
+//
+// The first level grows with the length of the codes: one of l bits repeats every 1<<l entries, and a copy of all of them at
+// once is cheaper than to store each at its distances.
+func (c *code) fill(table []uint32, root uint, entries *[288]uint32, invalid uint32, link func(offset, width uint) uint32) {
+	table[0] = invalid
 	var (
-		word  uint // the next code
+		word uint // the next code
+		size = 1
+		i    int
+	)
+	for l := uint(1); l <= root; l++ {
+		copy(table[size:2*size], table[:size])
+		size *= 2
+		first := table[:size]
+		for _, sym := range c.sorted[i : i+int(c.count[l])] {
+			first[uint(bits.Reverse16(uint16(word)))>>(16-l)] = entries[sym] + uint32(l)
+			word++
+		}
+		i += int(c.count[l])
+		word <<= 1
+	}
+	if c.max > root {
+		c.fillSubs(table, root, entries, word, i, link)
+	}
+}
+
+// fillSubs goes on with the codes that are longer than the first level.
+func (c *code) fillSubs(table []uint32, root uint, entries *[288]uint32, word uint, i int, link func(offset, width uint) uint32) {
+	var (
 		used  = uint(1) << root
 		group = ^uint(0) // the first-level index of the current subtable
 		sub   []uint32
 		left  = c.count
-		i     int
 	)
-	for l := uint(1); l <= c.max; l++ {
+	for l := root + 1; l <= c.max; l++ {
 		for ; left[l] > 0; left[l]-- {
 			rev := uint(bits.Reverse16(uint16(word))) >> (16 - l)
-			sym := uint(c.sorted[i])
-			i++
-			word++
-			if l <= root {
-				put(table[:1<<root], sym, rev, l)
-				continue
-			}
 			if low := rev & (1<<root - 1); low != group {
 				group = low
 				width := subWidth(&left, l-root, root, c.max)
@@ -167,7 +196,9 @@ func (c *code) fill(table []uint32, root uint, put func(table []uint32, sym, rev
 				sub = table[used : used+1<<width]
 				used += 1 << width
 			}
-			put(sub, sym, rev>>root, l-root)
+			spread(sub, rev>>root, l-root, entries[c.sorted[i]]+uint32(l-root))
+			i++
+			word++
 		}
 		word <<= 1
 	}
@@ -194,34 +225,60 @@ func (t *tables) buildLit(lens []uint8) error {
 		return err
 	}
 	copy(t.lens[:], lens)
-	if !c.complete() {
-		for i := range t.lit[:1<<litBits] {
-			t.lit[i] = litSpecial | kindInvalid | 1
-		}
-	}
-	c.fill(t.lit[:], litBits, putLit, func(offset, width uint) uint32 {
+	c.fill(t.lit[:], litBits, &litEntries, litSpecial|kindInvalid|1, func(offset, width uint) uint32 {
 		return uint32(litSpecial | kindSub | offset<<16 | width<<28 | litBits)
 	})
+	t.widen(&c)
 	return nil
 }
 
-func putLit(table []uint32, sym, rev, length uint) {
-	switch {
-	case sym < endBlock:
-		spread(table, rev, length, uint32(length|litOne|sym<<16))
-	case sym == endBlock:
-		spread(table, rev, length, uint32(length|litSpecial|kindEnd))
-	case sym >= maxLit:
-		spread(table, rev, length, uint32(length|litSpecial|kindInvalid))
-	default:
-		base, extra := uint(lengthBase[sym-257]), uint(lengthExtra[sym-257])
-		if 1<<(length+extra) > len(table) {
-			spread(table, rev, length, uint32(length|litSpecial|kindExtra|base<<16|extra<<28))
-			return
+// litEntries are without the bits of the code.
+var litEntries = func() (entries [288]uint32) {
+	for sym := range entries {
+		switch {
+		case sym < endBlock:
+			entries[sym] = litOne | uint32(sym)<<16
+		case sym == endBlock:
+			entries[sym] = litSpecial | kindEnd
+		case sym >= maxLit:
+			entries[sym] = litSpecial | kindInvalid
+		default:
+			base, extra := uint32(lengthBase[sym-257]), uint32(lengthExtra[sym-257])
+			if extra == 0 {
+				entries[sym] = litMatch | (base-3)<<24
+			} else {
+				entries[sym] = litSpecial | kindExtra | base<<16 | extra<<28
+			}
 		}
-		for v := range uint(1) << extra {
-			spread(table, rev|v<<length, length+extra, uint32(length+extra|litMatch|(base+v-3)<<24))
+	}
+	return entries
+}()
+
+// firstExtra is the first length symbol with extra bits.
+const firstExtra = 265
+
+// widen has lengths that fit the first level with their extra bits take an entry for each value of those.
+func (t *tables) widen(c *code) {
+	word, i := uint(0), 0
+	for l := uint(1); l < litBits; l++ {
+		n := uint(c.count[l])
+		word, i = word+n, i+int(n)
+		// Lengths are the last symbols of those with l bits.
+		for k := uint(1); k <= n; k++ {
+			sym := uint(c.sorted[i-int(k)])
+			if sym < firstExtra {
+				break
+			}
+			if sym >= maxLit || l+uint(lengthExtra[sym-257]) > litBits {
+				continue
+			}
+			base, extra := uint(lengthBase[sym-257]), uint(lengthExtra[sym-257])
+			rev := uint(bits.Reverse16(uint16(word-k))) >> (16 - l)
+			for v := range uint(1) << extra {
+				spread(t.lit[:1<<litBits], rev|v<<l, l+extra, uint32(l+extra|litMatch|(base+v-3)<<24))
+			}
 		}
+		word <<= 1
 	}
 }
 
@@ -272,26 +329,25 @@ func (t *tables) buildDist(lens []uint8) error {
 	if err := c.init(lens); err != nil {
 		return err
 	}
-	if !c.complete() {
-		for i := range t.dist[:1<<distBits] {
-			t.dist[i] = distInvalid | 1
-		}
-	}
-	c.fill(t.dist[:], distBits, putDist, func(offset, width uint) uint32 {
+	c.fill(t.dist[:], distBits, &distEntries, distInvalid|1, func(offset, width uint) uint32 {
 		return uint32(distSub | offset<<16 | width<<8 | distBits)
 	})
 	return nil
 }
 
-func putDist(table []uint32, sym, rev, length uint) {
-	if sym >= maxDist {
-		spread(table, rev, length, uint32(distInvalid|length))
-		return
+// distEntries are without the bits of the code.
+var distEntries = func() (entries [288]uint32) {
+	for sym := range uint32(len(entries)) {
+		if sym >= maxDist {
+			entries[sym] = distInvalid
+			continue
+		}
+		base, extra := sym+1, uint32(0)
+		if sym >= 4 {
+			extra = sym/2 - 1
+			base = (2+sym&1)<<extra + 1
+		}
+		entries[sym] = base<<16 | (63-extra)<<8 | extra
 	}
-	base, extra := sym+1, uint(0)
-	if sym >= 4 {
-		extra = sym/2 - 1
-		base = (2+sym&1)<<extra + 1
-	}
-	spread(table, rev, length, uint32(base<<16|(63-extra)<<8|(length+extra)))
-}
+	return entries
+}()

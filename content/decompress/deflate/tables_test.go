@@ -64,24 +64,27 @@ func TestTables(t *testing.T) {
 		litCodes, distCodes := canonical(lit), canonical(dist)
 		for sym := range lit {
 			d := r.IntN(len(dist))
-			lookUp(t, &f, sym, d, uint64(litCodes[sym]), uint64(distCodes[d]), uint(lit[sym]), uint(dist[d]))
+			for _, extra := range []uint{0, r.Uint(), ^uint(0)} {
+				lookUp(t, &f, sym, d, uint64(litCodes[sym]), uint64(distCodes[d]), uint(lit[sym]), uint(dist[d]), extra)
+			}
 		}
 	}
 }
 
-// lookUp decodes sym with all extra bits set, and if it is a length distance symbol d likewise.
-func lookUp(t *testing.T, f *inflater, sym, d int, litCode, distCode uint64, litLen, distLen uint) {
+// lookUp decodes sym with those extra bits set, and if it is a length distance symbol d likewise.
+func lookUp(t *testing.T, f *inflater, sym, d int, litCode, distCode uint64, litLen, distLen, set uint) {
 	t.Helper()
 	w := bw().put(uint(litCode), litLen)
 	wantLength, wantDist := 0, 0
 	if sym > endBlock {
 		extra := uint(lengthExtra[sym-257])
 		dextra := uint(max(0, d/2-1))
-		w.put(1<<extra-1, extra).put(uint(distCode), distLen).put(1<<dextra-1, dextra)
-		wantLength = int(lengthBase[sym-257]) + 1<<extra - 1
+		lbits, dbits := set&(1<<extra-1), set&(1<<dextra-1)
+		w.put(lbits, extra).put(uint(distCode), distLen).put(dbits, dextra)
+		wantLength = int(lengthBase[sym-257]) + int(lbits)
 		wantDist = d + 1
 		if d >= 4 {
-			wantDist = (2+d&1)<<dextra + 1<<dextra
+			wantDist = (2+d&1)<<dextra + int(dbits) + 1
 		}
 	}
 	used := int64(w.bit)
