@@ -95,6 +95,9 @@ func (s *Store) known(name string) bool {
 	defer s.mu.Unlock()
 	dir := filepath.Dir(name)
 	if dir == filepath.Join(s.root, ingestFolder) {
+		if s.clearing[name] != nil {
+			return true
+		}
 		for _, ing := range s.ingests {
 			if ing.dir == name {
 				return true

@@ -56,7 +56,7 @@ func (s *Session) stage(d digest.Digest) error {
 		}
 	}
 	if !held {
-		if err := errors.Join(s.store.syncFile(f), f.Chmod(0o444)); err != nil {
+		if err := errors.Join(s.syncing(func() error { return s.store.syncFile(f) }), f.Chmod(0o444)); err != nil {
 			return fmt.Errorf("blob %s: %w", d, err)
 		}
 	}
@@ -72,7 +72,11 @@ func (s *Session) stage(d digest.Digest) error {
 		return fmt.Errorf("blob %s: %w", d, err)
 	}
 	s.unsynced = 0
-	return s.store.settleFolder(d)
+	return s.settleFolder(d)
+}
+
+func (s *Session) settleFolder(d digest.Digest) error {
+	return s.syncing(func() error { return s.store.settleFolder(d) })
 }
 
 // Commit makes the blob visible and ends the session, whatever comes of it. It
@@ -114,9 +118,10 @@ func (s *Session) commit(ctx context.Context, total int64, expected digest.Diges
 		s.growing.commit()
 	}
 	s.growing.fail(fmt.Errorf("ref %q was committed as %s: %w", s.ing.ref, d, errdefs.ErrAborted))
-	if err := errors.Join(closeErr, s.store.remove(s.ing)); err != nil {
-		log.G(ctx).WithError(err).WithField("ref", s.ing.ref).Warn("leftovers of a committed ingest")
+	if closeErr != nil {
+		log.G(ctx).WithError(closeErr).WithField("ref", s.ing.ref).Warn("the data of a committed ingest")
 	}
+	s.store.remove(s.ing)
 	s.store.committed(s.namespace, d, size)
 	if already {
 		return size, fmt.Errorf("content %s: %w", d, errdefs.ErrAlreadyExists)
@@ -129,7 +134,7 @@ func (s *Session) durable(d digest.Digest) error {
 	if s.ing.staged == "" {
 		return s.stage(d)
 	}
-	return s.store.settleFolder(d)
+	return s.settleFolder(d)
 }
 
 func (s *Session) checkCount(off, total int64, expected digest.Digest) error {

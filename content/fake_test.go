@@ -303,6 +303,7 @@ func wantFile(t *testing.T, s *Store, d digest.Digest, there bool) {
 
 func wantNoIngests(t *testing.T, s *Store) {
 	t.Helper()
+	s.freeing.Wait()
 	entries, err := os.ReadDir(filepath.Join(s.root, ingestFolder))
 	if err != nil || len(entries) != 0 {
 		t.Fatalf("%d ingests left (%v), wanted none", len(entries), err)

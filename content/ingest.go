@@ -65,6 +65,7 @@ type ingest struct {
 	digester digest.Digester
 	alg      digest.Algorithm
 	hashed   int64
+	made     bool // the folder is there
 }
 
 func (ing *ingest) path(name string) string { return filepath.Join(ing.dir, name) }
@@ -116,7 +117,7 @@ func readIngest(dir string) (*ingest, error) {
 	if digest.FromBytes(ref).Encoded() != filepath.Base(dir) {
 		return nil, fmt.Errorf("the folder's name is not the hash of its ref: %w", errdefs.ErrDataLoss)
 	}
-	ing := &ingest{ref: string(ref), dir: dir}
+	ing := &ingest{ref: string(ref), dir: dir, made: true}
 	fi, err := os.Lstat(dir)
 	if err != nil {
 		return nil, err
@@ -271,19 +272,11 @@ func (s *Store) Abort(ctx context.Context, ref string) error {
 
 // forget drops an ingest that nobody writes.
 func (s *Store) forget(ing *ingest) error {
-	return errors.Join(s.release(ing), s.remove(ing))
+	defer s.remove(ing)
+	return s.release(ing)
 }
 
-// remove removes an ingest that holds no blob, and only then frees its ref.
-func (s *Store) remove(ing *ingest) error {
-	err := os.RemoveAll(ing.dir)
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	delete(s.ingests, ing.ref)
-	return err
-}
-
-// acquire locks ref for one session. fresh: its folder is yet to be made.
+// acquire locks ref for one session. fresh: nothing was known of it.
 func (s *Store) acquire(ref string, expected digest.Digest) (ing *ingest, fresh bool, err error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()

@@ -386,7 +386,7 @@ func (s *Session) adopted() error {
 	}
 	s.ing.digester = nil
 	s.ing.rehash(s.algorithm())
-	return s.store.settleFolder(s.named)
+	return s.settleFolder(s.named)
 }
 
 // begin takes over what failed transfers and leaders have, the longest first.

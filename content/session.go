@@ -6,8 +6,8 @@ import (
 	"fmt"
 	"io"
 	"os"
-	"strconv"
 	"sync"
+	"time"
 
 	"github.com/containerd/containerd/v2/pkg/namespaces"
 	"github.com/containerd/errdefs"
@@ -43,11 +43,13 @@ type Session struct {
 	closed   bool
 	final    digest.Digest // once closed
 	growing  *Growing
+	synced   time.Duration
 }
 
 // Open starts or resumes the ingest of ref and locks the ref until Close. It is
 // the first STAT: containerd's whole database waits for it, so it never waits,
-// and touches neither network nor containerd.
+// and touches neither network nor containerd, nor the disk for a new ref: making
+// a file waits for the file system's journal.
 //
 // total is the blob's size in bytes, 0 or less when unknown; expected its digest
 // or "". Errors: ErrInvalidArgument; ErrAlreadyExists if expected is committed;
@@ -78,7 +80,7 @@ func (s *Store) Open(ctx context.Context, ref string, total int64, expected dige
 		return nil, err
 	}
 	sess.ing = ing
-	if err := sess.prepare(fresh); err != nil {
+	if err := sess.prepare(); err != nil {
 		err = fmt.Errorf("open ref %q: %w", ref, s.plain(err))
 		if fresh {
 			return nil, errors.Join(err, s.forget(ing))
@@ -90,15 +92,10 @@ func (s *Store) Open(ctx context.Context, ref string, total int64, expected dige
 	return sess, nil
 }
 
-// prepare brings the ingest's folder and what is known of it in line with what
-// the client declares now.
-func (s *Session) prepare(fresh bool) error {
+// prepare brings the ingest's folder, if there is one, and what is known of it in
+// line with what the client declares now.
+func (s *Session) prepare() error {
 	s.ing.rehash(s.algorithm())
-	if fresh {
-		if err := s.create(); err != nil {
-			return err
-		}
-	}
 	switch {
 	case s.declared == 0 || s.declared == s.ing.total:
 		return nil
@@ -111,24 +108,10 @@ func (s *Session) prepare(fresh bool) error {
 	s.store.mu.Lock()
 	s.ing.total = s.declared
 	s.store.mu.Unlock()
-	return os.WriteFile(s.ing.path(totalFile), []byte(strconv.FormatInt(s.declared, 10)), 0o644)
-}
-
-// create makes the folder as containerd's local store would.
-func (s *Session) create() error {
-	if err := os.RemoveAll(s.ing.dir); err != nil {
-		return err
+	if !s.ing.made {
+		return nil
 	}
-	if err := os.Mkdir(s.ing.dir, 0o755); err != nil {
-		return err
-	}
-	if err := os.WriteFile(s.ing.path(refFile), []byte(s.ing.ref), 0o644); err != nil {
-		return err
-	}
-	if err := os.WriteFile(s.ing.path(dataFile), nil, 0o644); err != nil {
-		return err
-	}
-	return errors.Join(writeTime(s.ing.path(startedFile), s.ing.started), writeTime(s.ing.path(updatedFile), s.ing.updated))
+	return s.writeTotal()
 }
 
 func (s *Session) algorithm() digest.Algorithm {
@@ -232,6 +215,9 @@ func (s *Session) catchUp(ctx context.Context) error {
 // data is the open data file, which is made if the ingest has none.
 func (s *Session) data() (*os.File, error) {
 	if s.file == nil {
+		if err := s.folder(); err != nil {
+			return nil, err
+		}
 		f, err := os.OpenFile(s.ing.path(dataFile), os.O_RDWR|os.O_CREATE, 0o644)
 		if err != nil {
 			return nil, err
@@ -363,11 +349,24 @@ func (s *Session) sync() error {
 	if s.file == nil || s.unsynced == 0 {
 		return nil
 	}
-	if err := s.store.syncFile(s.file); err != nil {
+	if err := s.syncing(func() error { return s.store.syncFile(s.file) }); err != nil {
 		return fmt.Errorf("write ref %q: %w", s.ing.ref, err)
 	}
 	s.unsynced = 0
 	return nil
+}
+
+// syncing adds to what Synced answers how long f takes.
+func (s *Session) syncing(f func() error) error {
+	defer func(began time.Time) { s.synced += time.Since(began) }(time.Now())
+	return f()
+}
+
+// Synced is how long the session has waited for the disk to have what was written.
+func (s *Session) Synced() time.Duration {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.synced
 }
 
 // startOver empties the ingest.
@@ -433,7 +432,7 @@ func (s *Session) Close() error {
 	}
 	s.growing.fail(fmt.Errorf("the client of ref %q left before its commit: %w", s.ing.ref, errdefs.ErrAborted))
 	err := s.end()
-	if s.store.alive(s.ing) == nil {
+	if s.ing.made && s.store.alive(s.ing) == nil {
 		err = errors.Join(err, writeTime(s.ing.path(updatedFile), s.Stat().UpdatedAt))
 	}
 	return errors.Join(err, s.store.yield(s.ing))

@@ -379,7 +379,9 @@ func TestCrashWithAllBytes(t *testing.T) {
 	t.Parallel()
 	data, d := randomBytes(t, 5000)
 	root := t.TempDir()
-	open(t, newStore(t, root, Options{}), layerRef(d), 5000)
+	if err := open(t, newStore(t, root, Options{}), layerRef(d), 5000).folder(); err != nil {
+		t.Fatal(err)
+	}
 	dir := (&Store{root: root}).ingestDir(layerRef(d))
 	for name, content := range map[string][]byte{dataFile: data, claimedFile: []byte("junk")} {
 		if err := os.WriteFile(filepath.Join(dir, name), content, 0o644); err != nil {

@@ -118,9 +118,10 @@ type Store struct {
 	isolated bool
 	giveUp   time.Duration
 	onSync   func(path string) // tests see here what is made durable, and when
+	onClear  func(dir string)  // tests see here which ingest's folder is about to be removed
 
 	readOnly bool
-	freeing  sync.WaitGroup // files without a name that are being closed
+	freeing  sync.WaitGroup // what is removed in the background
 
 	// files serialises changes of blobs/. It comes before mu.
 	files sync.Mutex
@@ -128,11 +129,12 @@ type Store struct {
 	making sync.Mutex
 	made   map[string]bool // the folders in blobs/ whose names are durable; guarded by making
 
-	mu      sync.Mutex
-	blobs   map[digest.Digest]*blob
-	ingests map[string]*ingest
-	leads   map[leadKey]*lead
-	wrote   map[string]time.Time // when a leader of this namespace has written last
+	mu       sync.Mutex
+	blobs    map[digest.Digest]*blob
+	ingests  map[string]*ingest
+	clearing map[string]chan struct{} // the folders of ingests that have ended, until they are removed
+	leads    map[leadKey]*lead
+	wrote    map[string]time.Time // when a leader of this namespace has written last
 }
 
 // NewStore opens the store at root, and makes the folders that are missing. All
@@ -148,6 +150,7 @@ func NewStore(root string, o Options) (*Store, error) {
 		giveUp:   cmp.Or(o.GiveUp, giveUp),
 		blobs:    map[digest.Digest]*blob{},
 		ingests:  map[string]*ingest{},
+		clearing: map[string]chan struct{}{},
 		made:     map[string]bool{},
 		leads:    map[leadKey]*lead{},
 		wrote:    map[string]time.Time{},
@@ -235,8 +238,8 @@ func writeTime(path string, t time.Time) error {
 	return os.WriteFile(path, text, 0o644)
 }
 
-// Close lets go of the blobs that were brought back to be read, and waits until those
-// deleted have freed their space. Readers go on until they are closed.
+// Close lets go of the blobs that were brought back to be read, and waits until what
+// was deleted and aborted has freed its space. Readers go on until they are closed.
 func (s *Store) Close() error {
 	err := s.refetch.close()
 	s.freeing.Wait()

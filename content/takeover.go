@@ -130,6 +130,9 @@ func (s *Session) claim(t Transfer) error {
 	if d, ok := t.(Discarding); ok && d.Record() != nil {
 		return s.claimRecord(d.Record())
 	}
+	if err := s.folder(); err != nil {
+		return err
+	}
 	path := s.ing.path(claimedFile)
 	if err := removeFile(path); err != nil {
 		return err

@@ -64,8 +64,12 @@ func (c *calls) note(method string, took time.Duration, m *meter) {
 	x.Work = max(x.Work, (took - synced - mounting).Seconds())
 }
 
-// committed counts the COMMIT message of a Write stream: containerd sends it within a transaction.
-func (c *calls) committed(took time.Duration) { c.note("Content/Write", took, &meter{}) }
+// wrote counts a message of a Write stream that containerd sends within a transaction.
+func (c *calls) wrote(message string, took, synced time.Duration) {
+	m := &meter{}
+	m.synced.Store(int64(synced))
+	c.note("Content/Write "+message, took, m)
+}
 
 // report returns the methods in alphabetical order.
 func (c *calls) report() []status.Call {

@@ -21,9 +21,9 @@ func TestCalls(t *testing.T) {
 	call(400*time.Millisecond, 100*time.Millisecond, 250*time.Millisecond)
 	call(300*time.Millisecond, 0, 100*time.Millisecond)
 	spent(context.Background(), snapshotter.Syncing, time.Hour) // nobody's
-	c.committed(time.Second)
+	c.wrote("COMMIT", time.Second, 250*time.Millisecond)
 	want := []status.Call{
-		{Method: "Content/Write", Count: 1, Longest: 1, Work: 1},
+		{Method: "Content/Write COMMIT", Count: 1, Longest: 1, LongestSync: 0.25, Work: 0.75},
 		{Method: "Snapshots/Prepare", Count: 2, Longest: 0.4, LongestSync: 0.1, LongestMounts: 0.25, Work: 0.2},
 	}
 	got := c.report()

@@ -3,6 +3,7 @@ package plugin
 import (
 	"context"
 	"fmt"
+	"path"
 	"runtime/debug"
 	"strings"
 	"sync"
@@ -95,7 +96,11 @@ func (e *edge) unary(ctx context.Context, req any, info *grpc.UnaryServerInfo, h
 func (e *edge) stream(srv any, ss grpc.ServerStream, info *grpc.StreamServerInfo, handler grpc.StreamHandler) (err error) {
 	e.busy.Add(1)
 	defer e.busy.Add(-1)
-	ctx := e.enter(ss.Context(), info.FullMethod)
+	ctx, m := withMeter(e.enter(ss.Context(), info.FullMethod))
+	if !info.IsClientStream && path.Base(info.FullMethod) == "List" {
+		// A walk: garbage collection waits for all of it. Others last as long as their clients like.
+		defer func(began time.Time) { e.calls.note(shortMethod(info.FullMethod), time.Since(began), m) }(time.Now())
+	}
 	if strings.HasPrefix(info.FullMethod, ownServices) {
 		var cancel context.CancelFunc
 		ctx, cancel = e.untilStop(ctx)

@@ -206,7 +206,7 @@ func serveContent(ic *cplugin.InitContext) (any, error) {
 		return nil, err
 	}
 	return service(func(s *grpc.Server) {
-		contentapi.RegisterContentServer(s, contentservice.New(store, callsOf(ic).committed))
+		contentapi.RegisterContentServer(s, contentservice.New(store, callsOf(ic).wrote))
 	}), nil
 }
 

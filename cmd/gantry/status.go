@@ -43,9 +43,9 @@ Asks gantryd, at the address in FILE, what it is doing:
   LAYERS     layers that ended last, well or with an error, and the seconds they spent where. The parts overlap.
              TAIL: from the arrival of the last byte until the layer could be mounted.
              A layer that was on disk already is not unpacked again and is missing here.
-  CALLS      what containerd called since gantryd started (of Content/Write only the COMMIT). LONGEST: the longest call, and
-             how much of it was SYNC of gantryd's database, which depends on the disk, or MOUNTS, the wait for layers just
-             pulled. WORK: the most that a call took beside both. containerd's garbage collection waits for these calls.
+  CALLS      what containerd called since gantryd started (of Content/Write OPEN, the first message, and COMMIT). LONGEST: the
+             longest call, and how much of it was SYNC of gantryd's database or of a blob, which depends on the disk, or
+             MOUNTS, the wait for layers just pulled. WORK: the most that a call took beside both. containerd's garbage collection waits for these calls.
 
   --json     print the whole report as JSON; sizes are in bytes, rates in bytes a second
 `,

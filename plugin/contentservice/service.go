@@ -31,17 +31,23 @@ const MaxMessage = 16 << 20
 type Service struct {
 	api.ContentServer // containerd's, for all but Write and Abort
 
-	store     *content.Store
-	committed func(took time.Duration)
+	store *content.Store
+	note  func(message string, took, synced time.Duration)
 }
 
-// New returns the service of a store. committed, if not nil, is told what each COMMIT of a Write stream took. The server
-// needs grpc.WaitForHandlers, so that Stop returns when the last stream has closed its ingest.
-func New(store *content.Store, committed func(took time.Duration)) *Service {
-	if committed == nil {
-		committed = func(time.Duration) {}
+// The messages of a Write stream within which containerd holds its database's lock.
+const (
+	Open   = "OPEN" // the first one, whatever it is
+	Commit = "COMMIT"
+)
+
+// New returns the service of a store. note, if not nil, is told what each Open and Commit took, and how much of it the
+// disk was synced. The server needs grpc.WaitForHandlers, so that Stop returns when the last stream has closed its ingest.
+func New(store *content.Store, note func(message string, took, synced time.Duration)) *Service {
+	if note == nil {
+		note = func(string, time.Duration, time.Duration) {}
 	}
-	return &Service{ContentServer: contentserver.New(store), store: store, committed: committed}
+	return &Service{ContentServer: contentserver.New(store), store: store, note: note}
 }
 
 // Register adds the service to a gRPC server.
@@ -67,7 +73,9 @@ func (s *Service) Write(stream api.Content_WriteServer) error {
 		return err
 	}
 	ctx := log.WithLogger(stream.Context(), log.G(stream.Context()).WithField("ref", req.Ref))
+	began := time.Now()
 	session, err := s.store.Open(ctx, req.Ref, req.Total, digest.Digest(req.Expected))
+	s.note(Open, time.Since(began), 0)
 	if err != nil {
 		return errgrpc.ToGRPC(err)
 	}
@@ -95,10 +103,10 @@ func toGRPC(err error) error {
 // that opened the session.
 func (s *Service) serve(ctx context.Context, stream api.Content_WriteServer, session *content.Session, req *api.WriteContentRequest) error {
 	for first := true; ; first = false {
-		began := time.Now()
+		began, before := time.Now(), session.Synced()
 		reply, err := answer(ctx, session, req, first)
 		if req.Action == api.WriteAction_COMMIT {
-			s.committed(time.Since(began))
+			s.note(Commit, time.Since(began), session.Synced()-before)
 		}
 		if err != nil {
 			return err

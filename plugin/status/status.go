@@ -44,9 +44,11 @@ type Process struct {
 
 // Call is what the calls of one method took, in seconds. containerd's whole database waits for those of Snapshots.
 type Call struct {
-	Method string `json:"method"` // service and method, such as Snapshots/Prepare; of Content/Write only the COMMIT message
+	// Method is service and method, such as Snapshots/Prepare. Of Content/Write there are the first message, OPEN, and COMMIT; of
+	// other streams those that list something.
+	Method string `json:"method"`
 	Count  int64  `json:"count"`
-	// Longest is the longest call, LongestSync what of it the database was synced, LongestMounts what of it layers were mounted.
+	// Longest is the longest call, LongestSync what of it the database or a blob was synced, LongestMounts what of it layers were mounted.
 	Longest       float64 `json:"longest"`
 	LongestSync   float64 `json:"longest_sync"`
 	LongestMounts float64 `json:"longest_mounts"`
