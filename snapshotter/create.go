@@ -7,6 +7,7 @@ import (
 	"io"
 	"io/fs"
 	"os"
+	"syscall"
 	"time"
 
 	"github.com/containerd/containerd/v2/core/mount"
@@ -118,7 +119,24 @@ func (s *Snapshotter) makeUpper(id string) error {
 	if err := os.Mkdir(upper, 0o755); err != nil && !errors.Is(err, fs.ErrExist) {
 		return err
 	}
+	fi, err := os.Lstat(upper)
+	if err != nil || fi.Mode() == fs.ModeDir|0o755 {
+		return err // the same mode again would be one more change for Prepare to wait for
+	}
 	return os.Chmod(upper, 0o755) // whatever the umask is
+}
+
+// own makes a directory belong to uid and gid. If it does, nothing is changed: containerd waits for Prepare, and each
+// change for the file system's journal.
+func own(dir string, uid, gid int) error {
+	fi, err := os.Lstat(dir)
+	if err != nil {
+		return err
+	}
+	if st, ok := fi.Sys().(*syscall.Stat_t); ok && int(st.Uid) == uid && int(st.Gid) == gid {
+		return nil
+	}
+	return os.Lchown(dir, uid, gid)
 }
 
 // chownUpper decides whose an upper is, as containerd's overlay snapshotter does:
@@ -135,7 +153,7 @@ func (s *Snapshotter) chownUpper(ctx context.Context, id string, parents []strin
 			return fmt.Errorf("parent: %w", err)
 		}
 	}
-	if err := os.Lchown(s.upper(id), uid, gid); err != nil {
+	if err := own(s.upper(id), uid, gid); err != nil {
 		return err
 	}
 	if ids == nil || !ids.lowers {
