@@ -21,6 +21,7 @@ import (
 
 	"github.com/gantryd/gantry/integration/corpus"
 	"github.com/gantryd/gantry/integration/harness"
+	"github.com/gantryd/gantry/integration/short"
 )
 
 // overlayfs is containerd's own way: its overlayfs snapshotter and its applier.
@@ -122,7 +123,7 @@ func sameAsOverlayfs(t *testing.T, want, got harness.FileTree, started time.Time
 // TestCorpus mounts every image of the corpus in each mode and for each way of unpacking, and compares what is seen with
 // containerd's overlayfs.
 func TestCorpus(t *testing.T) {
-	for _, im := range corpus.Images() {
+	for k, im := range corpus.Images() {
 		t.Run(im.Name, func(t *testing.T) {
 			started := time.Now()
 			theirs := newOverlayfs(t)
@@ -135,10 +136,13 @@ func TestCorpus(t *testing.T) {
 			}
 			want := theirs.tree(t, top)
 			t.Logf("%d entries", len(want))
-			for _, mode := range mountModes {
-				for _, how := range unpacks {
+			for i, mode := range mountModes {
+				for j, how := range unpacks {
 					if len(im.Tars) > 100 && how.rebase {
 						continue // what many layers are for is the mount
+					}
+					if (k+i+j)%short.Size(1, 3) > 0 {
+						continue // each image some ways, each way some images
 					}
 					t.Run(fmt.Sprintf("%s %s", mode, how.name), func(t *testing.T) {
 						r := newRig(t, mode)

@@ -13,6 +13,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/gantryd/gantry/integration/corpus"
+	"github.com/gantryd/gantry/integration/short"
 )
 
 // `make corpus-random` has the time of it.
@@ -21,18 +22,17 @@ var (
 	randomFirst = flag.Uint64("corpus.seed", 1, "the first seed of TestRandomCorpus")
 )
 
-const randomStacks = 60
-
 // TestRandomCorpus compares random stacks of hostile tars with containerd's overlayfs, in each mode by turns. A layer that
 // both refuse is left out of its stack.
 func TestRandomCorpus(t *testing.T) {
 	begin, compared, refused := time.Now(), 0, 0
+	stacks := short.Size(60, 15)
 	rigs, theirs := map[Mode]*rig{}, newOverlayfs(t)
 	for _, mode := range mountModes {
 		rigs[mode] = newRig(t, mode)
 	}
 	seed := *randomFirst
-	for ; seed < *randomFirst+randomStacks || time.Since(begin) < *randomFor; seed++ {
+	for ; seed < *randomFirst+uint64(stacks) || time.Since(begin) < *randomFor; seed++ {
 		if t.Context().Err() != nil || t.Failed() {
 			break
 		}
@@ -45,7 +45,7 @@ func TestRandomCorpus(t *testing.T) {
 		}
 	}
 	t.Logf("%d stacks from seed %d on: %d layers compared, %d refused by both", seed-*randomFirst, *randomFirst, compared, refused)
-	if compared < randomStacks {
+	if compared < stacks {
 		t.Errorf("only %d layers were compared: that says little", compared)
 	}
 }

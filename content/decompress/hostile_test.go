@@ -10,6 +10,8 @@ import (
 
 	"github.com/klauspost/compress/gzip"
 	"github.com/pierrec/lz4/v4"
+
+	"github.com/gantryd/gantry/integration/short"
 )
 
 // counting counts what was taken from it.
@@ -77,31 +79,32 @@ func repeated(n int) []byte {
 // budget is the reader's own, so what it holds at most is what it may.
 func TestHostile(t *testing.T) {
 	t.Parallel()
+	million, frames := short.Size(1<<20, 1<<16), short.Size(20, 2)
 	emptyFrame := []byte{0x28, 0xb5, 0x2f, 0xfd, 0x20, 0, 1, 0, 0}
-	emptyBlocks := bytes.Repeat(zstdBlockHeader(false, 0, 0), 1<<20)
+	emptyBlocks := bytes.Repeat(zstdBlockHeader(false, 0, 0), million)
 	oneByteBlock := join(u32(1<<31|1), []byte{'x'})
 	for _, c := range []struct {
 		name string
 		in   []byte
 		want int // bytes of output; -1 is ErrCorrupt
 	}{
-		{"zstd, a million empty frames", bytes.Repeat(emptyFrame, 1<<20), 0},
-		{"zstd, a million skippable frames", bytes.Repeat(skippable(1, ""), 1<<20), 0},
-		{"zstd, both in turn", bytes.Repeat(join(skippable(1, ""), emptyFrame), 1<<19), 0},
+		{"zstd, a million empty frames", bytes.Repeat(emptyFrame, million), 0},
+		{"zstd, a million skippable frames", bytes.Repeat(skippable(1, ""), million), 0},
+		{"zstd, both in turn", bytes.Repeat(join(skippable(1, ""), emptyFrame), million/2), 0},
 		{"zstd, a million empty blocks", join(zstdHeader(0), emptyBlocks, zstdBlockHeader(true, 0, 0)), 0},
 		{"zstd, twelve million empty blocks", join(zstdHeader(0), bytes.Repeat(emptyBlocks, 12), zstdBlockHeader(true, 0, 0)), 0},
-		{"zstd, frames that hold 30 MiB", bytes.Repeat(repeated(240), 20), 20 * 240 * zstdBlock},
-		{"zstd, a frame that holds 100 MiB", repeated(800), 800 * zstdBlock},
+		{"zstd, frames that hold 30 MiB", bytes.Repeat(repeated(240), frames), frames * 240 * zstdBlock},
+		{"zstd, a frame that holds 100 MiB", repeated(40 * frames), 40 * frames * zstdBlock},
 		{"zstd, less than announced", bytes.Repeat(join(zstdHeader(30<<20), zstdBlockHeader(true, 1, 1), []byte{0}), 1000), -1},
 		{"zstd, more than announced", join(zstdHeader(10), zstdBlockHeader(false, 1, zstdBlock), []byte{0}, zstdBlockHeader(true, 1, zstdBlock), []byte{0}), -1},
 		{"zstd, reserved block", join(zstdHeader(10), zstdBlockHeader(true, 3, 5), make([]byte, 10)), -1},
 		{"zstd, long block", join(zstdHeader(10), zstdBlockHeader(true, 0, zstdBlock+1), make([]byte, zstdBlock+1)), -1},
-		{"lz4, a million empty frames", bytes.Repeat(lz(t, nil, lz4.ChecksumOption(false)), 1<<20), 0},
-		{"lz4, a million blocks of a byte", join(lz4Header(1<<6|1<<5, 7<<4), bytes.Repeat(oneByteBlock, 1<<20), u32(0)), 1 << 20},
-		{"lz4, the same, linked", join(lz4Header(1<<6, 4<<4), bytes.Repeat(oneByteBlock, 1<<20), u32(0)), 1 << 20},
-		{"lz4, legacy blocks of nothing", join(u32(magicLZ4Legacy), make([]byte, 4<<20)), 0},
-		{"apple, a million stored bytes", join(bytes.Repeat(join([]byte(appleStored), u32(1), []byte{'x'}), 1<<20), []byte(appleEnd)), 1 << 20},
-		{"apple, a million empty blocks", join(bytes.Repeat(join([]byte(appleStored), u32(0)), 1<<20), []byte(appleEnd)), 0},
+		{"lz4, a million empty frames", bytes.Repeat(lz(t, nil, lz4.ChecksumOption(false)), million), 0},
+		{"lz4, a million blocks of a byte", join(lz4Header(1<<6|1<<5, 7<<4), bytes.Repeat(oneByteBlock, million), u32(0)), million},
+		{"lz4, the same, linked", join(lz4Header(1<<6, 4<<4), bytes.Repeat(oneByteBlock, million), u32(0)), million},
+		{"lz4, legacy blocks of nothing", join(u32(magicLZ4Legacy), make([]byte, 4*million)), 0},
+		{"apple, a million stored bytes", join(bytes.Repeat(join([]byte(appleStored), u32(1), []byte{'x'}), million), []byte(appleEnd)), million},
+		{"apple, a million empty blocks", join(bytes.Repeat(join([]byte(appleStored), u32(0)), million), []byte(appleEnd)), 0},
 		{"apple, 4 GiB announced", join([]byte(appleStored), u32(1<<32-1), []byte("that is all")), -1},
 		{"apple, 8 MiB announced", join([]byte(appleBlock), u32(appleMost), u32(appleMost), []byte("that is all")), -1},
 	} {

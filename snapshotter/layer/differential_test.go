@@ -16,6 +16,7 @@ import (
 	"github.com/containerd/containerd/v2/pkg/archive"
 	"golang.org/x/sys/unix"
 
+	"github.com/gantryd/gantry/integration/short"
 	"github.com/gantryd/gantry/snapshotter/erofs"
 )
 
@@ -467,12 +468,13 @@ func TestGNUTar(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer f.Close()
+	step := int64(short.Size(70_000, 10_000))
 	for i := range int64(40) {
-		if _, err := f.WriteAt([]byte(longName(int(100*i+1))), i*70000); err != nil {
+		if _, err := f.WriteAt([]byte(longName(int(100*i+1))), i*step); err != nil {
 			t.Fatal(err)
 		}
 	}
-	if err := errors.Join(f.Truncate(5<<20), os.WriteFile(filepath.Join(src, longName(200)), []byte("x"), 0o600)); err != nil {
+	if err := errors.Join(f.Truncate(75*step), os.WriteFile(filepath.Join(src, longName(200)), []byte("x"), 0o600)); err != nil {
 		t.Fatal(err)
 	}
 	for _, flags := range []string{

@@ -10,6 +10,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/gantryd/gantry/integration/short"
 	"github.com/gantryd/gantry/snapshotter/erofs"
 )
 
@@ -157,8 +158,8 @@ func randomBytes(r *rand.Rand, n int) []byte {
 func TestRandomTablesEqualContainerd(t *testing.T) {
 	t.Parallel()
 	r := rand.New(rand.NewPCG(1, 2))
-	accepted := 0
-	for range 1500 { //nolint:paralleltest // they count together
+	accepted, tars := 0, short.Size(1500, 300)
+	for range tars { //nolint:paralleltest // they count together
 		data := randomBytes(r, 20+r.IntN(120))
 		t.Run("", func(t *testing.T) {
 			if compare(t, (&choices{data: data}).makeTar()) != nil {
@@ -166,10 +167,10 @@ func TestRandomTablesEqualContainerd(t *testing.T) {
 			}
 		})
 	}
-	if accepted < 300 {
-		t.Errorf("only %d of 1500 tars were accepted: the comparison says little", accepted)
+	if accepted < tars/5 {
+		t.Errorf("only %d of %d tars were accepted: the comparison says little", accepted, tars)
 	}
-	t.Logf("%d of 1500 accepted", accepted)
+	t.Logf("%d of %d accepted", accepted, tars)
 }
 
 func FuzzTableEqualsContainerd(f *testing.F) {

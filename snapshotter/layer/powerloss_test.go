@@ -18,6 +18,7 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"github.com/gantryd/gantry/integration/crashfs"
+	"github.com/gantryd/gantry/integration/short"
 )
 
 // unpacked is a layer and the compressed blob that it comes from.
@@ -106,7 +107,7 @@ func TestPowerLoss(t *testing.T) {
 	}
 	log := fsys.Log()
 	r := rand.New(rand.NewPCG(5, uint64(len(log))))
-	for cut := range len(log) + 1 {
+	for cut := 0; cut <= len(log); cut += short.Size(1, 7) {
 		for i, s := range []*crashfs.State{log.Least(cut), log.Most(cut), log.Some(cut, r), log.Some(cut, r)} {
 			root := filepath.Join(states, fmt.Sprintf("%d-%d", cut, i))
 			if err := errors.Join(s.Save(root), survives(t.Context(), filepath.Join(root, "layers"), all, log.Marks(cut))); err != nil {

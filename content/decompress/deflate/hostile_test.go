@@ -8,6 +8,8 @@ import (
 	"math/rand/v2"
 	"sync"
 	"testing"
+
+	"github.com/gantryd/gantry/integration/short"
 )
 
 // mixed writes data as one member made of blocks of all types, with matches that
@@ -68,7 +70,7 @@ func blend(r *rand.Rand, n int) []byte {
 
 func TestMixedBlocks(t *testing.T) {
 	t.Parallel()
-	for seed := range uint64(12) {
+	for seed := range uint64(short.Size(12, 4)) {
 		r := rand.New(rand.NewPCG(seed, 1))
 		data := blend(r, 1+r.IntN(700_000))
 		in := mixed(t, r, data)
@@ -129,7 +131,10 @@ func TestGuessesAreChecked(t *testing.T) {
 	var sum counts
 	text := squeezeGzip(t, prose(3_000_000), 1)
 	planted := squeezeGzip(t, text, 0)
-	for range 20 {
+	for round := 0; sum.right == 0 || sum.wrong == 0 || sum.late == 0 || sum.resolved == 0; round++ {
+		if round == 20 {
+			t.Fatalf("%+v", sum)
+		}
 		for _, in := range [][]byte{text, planted} {
 			r, err := NewReaderAt(bytes.NewReader(in), WithWorkers(4), withSizes(60_000, 3*smallSlab, 8))
 			if err != nil {
@@ -148,9 +153,6 @@ func TestGuessesAreChecked(t *testing.T) {
 				t.Fatal(err)
 			}
 		}
-	}
-	if sum.right == 0 || sum.wrong == 0 || sum.late == 0 || sum.resolved == 0 {
-		t.Fatalf("%+v", sum)
 	}
 }
 
@@ -181,11 +183,7 @@ func mutateGzip(r *rand.Rand, in []byte) []byte {
 
 func TestMutatedMembers(t *testing.T) {
 	t.Parallel()
-	rounds := uint64(40)
-	if testing.Short() {
-		rounds = 10
-	}
-	for seed := range rounds {
+	for seed := range uint64(short.Size(40, 6)) {
 		r := rand.New(rand.NewPCG(seed, 2))
 		in := mixed(t, r, blend(r, 1+r.IntN(200_000)))
 		if seed%2 == 0 {

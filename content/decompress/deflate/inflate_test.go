@@ -9,6 +9,8 @@ import (
 	"math/rand/v2"
 	"strings"
 	"testing"
+
+	"github.com/gantryd/gantry/integration/short"
 )
 
 // corpus is generated data of each kind that layers hold.
@@ -108,7 +110,7 @@ func inflateAll(raw []byte, grow int) ([]byte, *inflater, error) {
 
 func TestDecodeLevels(t *testing.T) {
 	t.Parallel()
-	for name, data := range corpus(150_000) {
+	for name, data := range corpus(short.Size(150_000, 40_000)) {
 		for level := -2; level <= 9; level++ {
 			raw := squeeze(t, data, level)
 			got, f, err := inflateAll(raw, 70_000)

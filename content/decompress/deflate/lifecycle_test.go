@@ -11,6 +11,8 @@ import (
 	"sync/atomic"
 	"testing"
 	"testing/iotest"
+
+	"github.com/gantryd/gantry/integration/short"
 )
 
 var errSource = errors.New("the source broke")
@@ -116,7 +118,7 @@ func TestGrowingSource(t *testing.T) {
 // blocks in hand that must stay as they are.
 func TestClose(t *testing.T) {
 	t.Parallel()
-	data := prose(2_000_000)
+	data := prose(short.Size(2_000_000, 700_000))
 	in := squeezeGzip(t, data, 6)
 	for _, l := range layouts {
 		for blocks := range 8 {
@@ -170,7 +172,7 @@ func TestClose(t *testing.T) {
 // them from other goroutines.
 func TestBlocksStay(t *testing.T) {
 	t.Parallel()
-	data := blend(rand.New(rand.NewPCG(5, 5)), 3_000_000)
+	data := blend(rand.New(rand.NewPCG(5, 5)), short.Size(3_000_000, 1_000_000))
 	in := squeezeGzip(t, data, 6)
 	for _, l := range layouts {
 		r, err := NewReaderAt(bytes.NewReader(in), l.opts...)
@@ -217,7 +219,7 @@ func TestBlocksStay(t *testing.T) {
 func TestMemoryBounded(t *testing.T) {
 	t.Parallel()
 	const chunk, slab, count = 2000, smallSlab, 4
-	for name, data := range map[string][]byte{"zeros": make([]byte, 30<<20), "text": prose(3_000_000)} {
+	for name, data := range map[string][]byte{"zeros": make([]byte, short.Size(30, 10)<<20), "text": prose(short.Size(3_000_000, 2_000_000))} {
 		in := squeezeGzip(t, data, 6)
 		for _, workers := range []int{1, 2, 4} {
 			r, err := NewReaderAt(bytes.NewReader(in), WithWorkers(workers), withSizes(chunk, slab, count))
@@ -292,7 +294,7 @@ func TestMemoryGate(t *testing.T) {
 
 // TestNoAllocationPerMember reads thousands of members.
 func TestNoAllocationPerMember(t *testing.T) { //nolint:paralleltest // counts the process's allocations
-	in := tiny(t, prose(1_000_000), 200)
+	in := tiny(t, prose(short.Size(1_000_000, 200_000)), 200)
 	got := testing.AllocsPerRun(3, func() {
 		for _, workers := range []int{1, 4} {
 			if _, err := inflateGzip(in, WithWorkers(workers)); err != nil {
@@ -300,7 +302,7 @@ func TestNoAllocationPerMember(t *testing.T) { //nolint:paralleltest // counts t
 			}
 		}
 	})
-	if got > 500 { // for 10,000 members
+	if got > 500 { // for 10,000 members; 2000 with -short
 		t.Errorf("%v allocations", got)
 	}
 }
@@ -308,7 +310,7 @@ func TestNoAllocationPerMember(t *testing.T) { //nolint:paralleltest // counts t
 // TestSameWithAnyProcs is the default: as many workers as GOMAXPROCS.
 func TestSameWithAnyProcs(t *testing.T) { //nolint:paralleltest // sets GOMAXPROCS
 	defer runtime.GOMAXPROCS(runtime.GOMAXPROCS(0))
-	data := append(goTarball(t, 12<<20), noise(3<<20, false)...)
+	data := append(goTarball(t, short.Size(12, 2)<<20), noise(short.Size(3, 1)<<20, false)...)
 	in := join(gzipTool(t, data, 6), tiny(t, data[:1<<20], 3000))
 	data = append(data, data[:1<<20]...)
 	for _, procs := range []int{1, 2, 4, 8} {

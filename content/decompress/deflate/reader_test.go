@@ -9,6 +9,8 @@ import (
 	"testing"
 
 	"go.uber.org/goleak"
+
+	"github.com/gantryd/gantry/integration/short"
 )
 
 // withSizes makes chunks and slabs small.
@@ -66,7 +68,7 @@ func squeezeGzip(t testing.TB, data []byte, level int) []byte {
 
 func TestReaderLayouts(t *testing.T) {
 	t.Parallel()
-	for name, data := range corpus(400_000) {
+	for name, data := range corpus(short.Size(400_000, 100_000)) {
 		for _, level := range []int{gzip.HuffmanOnly, 0, 1, 6, 9} {
 			in := squeezeGzip(t, data, level)
 			for _, l := range layouts {
