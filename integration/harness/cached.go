@@ -23,14 +23,11 @@ func BuildCached(ctx context.Context, name string, spec ImageSpec) (*Image, erro
 	if err := os.MkdirAll(images, 0o700); err != nil {
 		return nil, err
 	}
-	lock, err := os.Create(filepath.Join(images, name+".lock"))
+	unlock, err := lock(filepath.Join(images, name))
 	if err != nil {
 		return nil, err
 	}
-	defer lock.Close() // which unlocks
-	if err := unix.Flock(int(lock.Fd()), unix.LOCK_EX); err != nil {
-		return nil, err
-	}
+	defer unlock()
 	dir := filepath.Join(images, name)
 	if im, err := loadImage(dir); !errors.Is(err, fs.ErrNotExist) {
 		return im, err
@@ -49,6 +46,18 @@ func BuildCached(ctx context.Context, name string, spec ImageSpec) (*Image, erro
 	}
 	im.dir = dir
 	return im, os.Rename(building, dir)
+}
+
+// lock waits until no other process holds the lock of what is cached at path.
+func lock(path string) (unlock func(), _ error) {
+	f, err := os.Create(path + ".lock")
+	if err != nil {
+		return nil, err
+	}
+	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX); err != nil {
+		return nil, errors.Join(err, f.Close())
+	}
+	return func() { _ = f.Close() }, nil
 }
 
 // imageFile describes a built image beside its blobs.
