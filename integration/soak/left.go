@@ -46,8 +46,12 @@ func (s *soak) left(ctx context.Context) error {
 	if leftTransfers(transfers) == nil {
 		return nil
 	}
-	fmt.Printf("transfers are left for a retry: waiting %s\n", keepPartial)
-	pause(ctx, keepPartial+time.Second)
+	wait, err := untilOld(transfers)
+	if err != nil {
+		return err
+	}
+	fmt.Printf("transfers are left for a retry: waiting %s\n", wait.Round(time.Second))
+	pause(ctx, wait)
 	if err := s.node.Gantryd().Stop(); err != nil {
 		return err
 	}
@@ -97,6 +101,25 @@ func filesBelow(root string) ([]string, error) {
 		return nil
 	})
 	return found, err
+}
+
+// untilOld is how long it takes until all transfers are older than keepPartial.
+func untilOld(root string) (time.Duration, error) {
+	files, err := filepath.Glob(filepath.Join(root, "sha256-*", "*"))
+	if err != nil {
+		return 0, err
+	}
+	var newest time.Time
+	for _, path := range files {
+		fi, err := os.Lstat(path)
+		if err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return 0, err
+		}
+		if err == nil && fi.ModTime().After(newest) {
+			newest = fi.ModTime()
+		}
+	}
+	return max(0, time.Until(newest.Add(keepPartial+time.Second))), nil
 }
 
 func leftTransfers(root string) error {
