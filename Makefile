@@ -39,10 +39,14 @@ demo: build peers ## pull and run an image through gantry in a private folder (r
 .PHONY: test
 test: test-unit test-integration ## run all tests (root)
 
+# With the race detector tests are shorter (-short), or left out; these packages have such tests. Some of the others
+# mostly wait, so more than one package a processor is tested at once.
+SHORTER = $$(grep -rlE --include='*_test.go' 'short\.Size|testing\.Short|go:build !race' cmd content plugin snapshotter | xargs -n 1 dirname | sort -u | sed 's|^|./|')
+
 .PHONY: test-unit
-test-unit: prerequisites ## run the tests beside the code (RACE=1: with the race detector)
-	go test $(if $(RACE),-race) -timeout 10m $$(go list ./... | grep -v /integration)
-	$(if $(RACE),go test -run 'LargeWindows|Million' ./content/decompress ./snapshotter/layer # which the detector's build leaves out)
+test-unit: prerequisites ## run the tests beside the code (RACE=1: and with the race detector)
+	$(if $(RACE),go test -race -short -p 4 -timeout 10m $$(go list ./... | grep -v /integration))
+	go test -timeout 10m $(if $(RACE),$(SHORTER),$$(go list ./... | grep -v /integration))
 
 .PHONY: test-integration
 test-integration: build peers prerequisites ## run the tests against containerd, runc and a registry (RUN=regexp)
@@ -140,6 +144,14 @@ $(LINTER): integration/lint/go.mod
 	@echo "build $(@F)"
 	@cd integration/lint && CGO_ENABLED=0 go build -trimpath -ldflags '-s -w' -o $@ github.com/golangci/golangci-lint/v2/cmd/golangci-lint
 	@touch $@
+
+.PHONY: debian
+debian: prerequisites ## make the layers of the Debian images in .cache (root; minutes of network, once)
+	go run ./integration/debian
+
+# With -j the network and the processors are busy at once.
+.PHONY: ready
+ready: peers $(KUBELET) $(LINTER) debian ## build and fetch all that CI needs (use -j)
 
 .PHONY: erofs-utils
 erofs-utils: $(EROFS_BINS) ## put mkfs.erofs and fsck.erofs 1.7 or later beside the peers (root)
