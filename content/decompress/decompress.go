@@ -124,17 +124,17 @@ func NewReader(ctx context.Context, r io.Reader, opts ...Option) (*Reader, error
 		mem.close()
 		return nil, d.classify(err)
 	}
-	if d.dec, err = newDecoder(d.format, br, mem, o.workers); err != nil {
+	if d.dec, err = newDecoder(d.format, br, d.src, mem, o.workers); err != nil {
 		mem.close()
 		return nil, fmt.Errorf("prepare %s decoder: %w", d.format, err)
 	}
 	return d, nil
 }
 
-func newDecoder(format Format, br *bufio.Reader, mem *memory, workers int) (decoder, error) {
+func newDecoder(format Format, br *bufio.Reader, src io.Reader, mem *memory, workers int) (decoder, error) {
 	switch format {
 	case Gzip:
-		return newGzipDecoder(br, mem, workers)
+		return newGzipDecoder(&unbuffered{br, src}, mem, workers)
 	case Zstd:
 		return newAhead(newZstdPlanner(br, mem, workers), workers), nil
 	case LZ4:

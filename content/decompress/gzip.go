@@ -2,6 +2,7 @@ package decompress
 
 import (
 	"bufio"
+	"io"
 
 	"github.com/gantryd/gantry/content/decompress/deflate"
 )
@@ -13,13 +14,13 @@ type gzipDecoder struct {
 	mem *memory
 }
 
-func newGzipDecoder(br *bufio.Reader, mem *memory, workers int) (*gzipDecoder, error) {
+func newGzipDecoder(in io.Reader, mem *memory, workers int) (*gzipDecoder, error) {
 	// With a second worker deflate takes this much without asking; alone it needs
 	// less than a reader's minimum. Memory that is not there now is not waited for.
 	if workers > 1 && !mem.more(deflate.Memory(2)/2-baseBlocks) {
 		workers = 1
 	}
-	r, err := deflate.NewReader(br, deflate.WithWorkers(workers), deflate.WithMemory(mem.lend, mem.restore))
+	r, err := deflate.NewReader(in, deflate.WithWorkers(workers), deflate.WithMemory(mem.lend, mem.restore))
 	if err != nil {
 		return nil, err
 	}
@@ -40,3 +41,17 @@ func (g *gzipDecoder) next() (block, error) {
 }
 
 func (g *gzipDecoder) close() { _ = g.r.Close() }
+
+// unbuffered reads what br holds of src, and then src itself: deflate asks for as
+// much as it has room for, which need not be copied.
+type unbuffered struct {
+	br  *bufio.Reader
+	src io.Reader
+}
+
+func (u *unbuffered) Read(p []byte) (int, error) {
+	if u.br.Buffered() > 0 {
+		return u.br.Read(p)
+	}
+	return u.src.Read(p)
+}

@@ -78,6 +78,19 @@ type piece struct {
 	ends   bool
 	want   trailer
 	tail   sum
+
+	unsummed int // so many bytes at the end are in none of the sums yet
+}
+
+// sum brings the sums to the piece's end.
+func (p *piece) sum() {
+	rest := sumOf(p.slab.b[p.hi-p.unsummed : p.hi])
+	if p.ends {
+		p.tail = p.tail.then(rest)
+	} else {
+		p.head = p.head.then(rest)
+	}
+	p.unsummed = 0
 }
 
 // verify tells a chunk that it begins at the right place.
@@ -102,6 +115,17 @@ func (c *chunk) window() *window {
 // readable says whether pieces may be taken. The pieces of a guess that has just
 // been verified may still be dropped by its worker. e.mu is held.
 func (c *chunk) readable() bool { return c.verified && (c.sure || c.stage != running) }
+
+// awaited says that whoever reads the pieces has taken all there are, and so has
+// time to sum up what the worker copies.
+func (c *chunk) awaited() bool {
+	if c.e.serial {
+		return false
+	}
+	c.e.mu.Lock()
+	defer c.e.mu.Unlock()
+	return c.sure && c == c.e.front && len(c.pieces) == c.taken
+}
 
 // errNotYet stops a guess that would need more of the input than it may hold.
 var errNotYet = errors.New("deflate: not verified yet")

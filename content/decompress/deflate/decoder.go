@@ -24,6 +24,7 @@ type phase uint8
 const (
 	atHeader phase = iota
 	atBlocks
+	atStored // read directly
 	atTrailer
 )
 
@@ -40,6 +41,7 @@ type decoder struct {
 	started bool
 	sure    bool // begins at the right place, and the window is known
 	phase   phase
+	off     int64 // in the source, while atStored
 	stop    int64 // from where on block boundaries matter; from the start of the stream
 
 	seen  int64 // the last boundary that mattered
@@ -180,6 +182,8 @@ func (d *decoder) step() (outcome, error) {
 		return d.beginMember()
 	case atBlocks:
 		return d.blocks()
+	case atStored:
+		return d.stored()
 	}
 	t, err := d.trailer()
 	if err != nil {
@@ -263,6 +267,10 @@ func (d *decoder) blocks() (outcome, error) {
 	}
 	switch st {
 	case needInput:
+		if d.direct() {
+			d.phase, d.off = atStored, d.seg.end()
+			return going, nil
+		}
 		return going, d.feedMore()
 	case atBlock:
 		return d.atBlock()

@@ -24,6 +24,10 @@
 // workers about a quarter of a stream is decoded with markers. The chunk whose
 // predecessor is done never begins with them.
 //
+// What is only copied, block after stored block, is left to one worker. It reads from
+// the source right to where the bytes are wanted; who takes them sums them up if
+// that is what the worker would be waited for.
+//
 // With one worker there are no chunks, no markers and no goroutines: the caller's
 // goroutine decodes what it asks for.
 //
@@ -48,6 +52,7 @@
 //
 //   - The source is read ahead by up to two chunks per worker, and in whole segments:
 //     128 KiB first, up to 512 KiB then. Nothing is decoded of a segment before it is there.
+//     Runs of stored blocks are read in steps of 32 KiB or less, without segments.
 //   - Blocks with fixed codes and the last block of a member are not searched for. A
 //     stream of nothing else, or with blocks larger than a chunk, is decoded
 //     serially, by workers.

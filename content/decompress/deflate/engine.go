@@ -65,6 +65,7 @@ type counts struct {
 	wrong    int // guesses that had to be decoded again
 	late     int // of the right ones, those that went on with a known window
 	resolved int // bytes that were symbols first
+	direct   int // runs of stored blocks that were read without segments
 }
 
 // job is what a worker does next.
@@ -74,7 +75,6 @@ const (
 	nothing job = iota
 	decodeIt
 	resolveIt
-	loadIt
 )
 
 // pick returns the most urgent job. What the chain waits for goes first, what
@@ -90,9 +90,6 @@ func (e *engine) pick() (job, *chunk) {
 		if c.unresolved > 0 && !c.resolving && c.readable() {
 			return resolveIt, c
 		}
-	}
-	if e.copying && !e.serial && e.unloaded() != nil {
-		return loadIt, e.head
 	}
 	if e.final || e.serial || e.live >= chunksPerCPU*max(e.active, 1) {
 		return nothing, nil
@@ -126,7 +123,7 @@ func (e *engine) lengthen() (job, *chunk) {
 // setCopying turns guesses off and on. e.mu is held.
 func (e *engine) setCopying(yes bool) {
 	if e.copying != yes {
-		e.work.Broadcast() // guesses may be made, or segments read
+		e.work.Broadcast() // guesses may be made
 	}
 	e.copying = yes
 }
@@ -156,8 +153,6 @@ func (e *engine) run() {
 			e.decode(c)
 		case j == resolveIt:
 			e.resolve(c)
-		case j == loadIt:
-			e.preload(e.unloaded())
 		case e.final || e.stopped.Load():
 			e.active--
 			return
@@ -309,12 +304,20 @@ func (e *engine) overflow(c *chunk, g *segment) (*segment, error) {
 		if n := c.next; n != nil && n.seg == g {
 			e.absorb(c, n)
 		} else {
-			c.last, c.hi = g, g.lo+int64(g.size)
-			g.owned = true
-			e.unref(g)
+			e.own(c, g)
 		}
 	}
 	return e.after(g), nil
+}
+
+// own makes g the last segment of c. e.mu is held.
+func (e *engine) own(c *chunk, g *segment) {
+	if g == c.last {
+		return
+	}
+	c.last, c.hi = g, g.lo+int64(g.size)
+	g.owned = true
+	e.unref(g)
 }
 
 // absorb makes n, through which c has decoded, a part of c. e.mu is held.

@@ -53,7 +53,6 @@ type segment struct {
 	next  *segment
 	refs  int
 	owned bool // by a chunk, which has the first reference
-	asked bool // somebody reads it, or has
 	once  sync.Once
 	prev  *segment // loaded before this one, if the source is a stream; nil then
 
@@ -93,38 +92,6 @@ func (e *engine) after(g *segment) *segment {
 		}
 	}
 	return g.next
-}
-
-// preloaded is how many segments are read ahead of what is only copied.
-const preloaded = 2
-
-// unloaded is the next segment that a worker should read for the one that copies,
-// which would otherwise have to read it, too; nil if there is none. e.mu is held.
-func (e *engine) unloaded() *segment {
-	c := e.head
-	if c.stage != running || c.dec == nil || c.dec.seg == nil || e.ended || e.final {
-		return nil
-	}
-	g := c.dec.seg
-	for range preloaded {
-		if g = e.after(g); !g.asked {
-			return g
-		}
-	}
-	return nil
-}
-
-// preload reads g. e.mu is held, but not while it reads.
-func (e *engine) preload(g *segment) {
-	g.asked = true
-	g.refs++
-	e.mu.Unlock()
-	g.load()
-	e.mu.Lock()
-	e.unref(g)
-	if g.err != nil {
-		e.ended = true
-	}
 }
 
 // unref drops a reference. e.mu is held.
@@ -197,6 +164,12 @@ func (f *feed) start(g *segment) {
 	f.in, f.base, f.joined, f.eof, f.err = g.data, g.lo, false, false, nil
 }
 
+// rest shows the input from the segment g on, which is loaded and comes with a reference.
+func (f *feed) rest(g *segment) {
+	f.stopAt(nil)
+	f.seg, f.in, f.base, f.joined, f.eof, f.err = g, g.data, g.lo, false, false, nil
+}
+
 // stopAt moves the reference; g may be nil.
 func (f *feed) stopAt(g *segment) {
 	e := f.c.e
@@ -209,12 +182,6 @@ func (f *feed) stopAt(g *segment) {
 		e.unref(f.seg)
 	}
 	f.seg = g
-	if g != nil {
-		g.asked = true
-		if e.copying {
-			e.work.Broadcast() // the one behind may be read
-		}
-	}
 }
 
 // more makes bytes behind f.in visible and forgets those before keep. drop is

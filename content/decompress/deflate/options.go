@@ -49,6 +49,7 @@ type config struct {
 	least   int
 	slab    int
 	slabs   int
+	direct  int // the shortest stored block that is read without a segment
 	grow    func(int64) bool
 	shrink  func(int64)
 }
@@ -57,7 +58,7 @@ func newConfig(opts []Option) config {
 	c := config{
 		workers: runtime.GOMAXPROCS(0),
 		first:   firstChunk, chunk: chunkSize, least: minChunk,
-		slab: slabSize, slabs: slabsPerJob,
+		slab: slabSize, slabs: slabsPerJob, direct: directLeast,
 		grow: func(int64) bool { return true }, shrink: func(int64) {},
 	}
 	for _, o := range opts {

@@ -6,12 +6,13 @@ type output struct {
 	c      *chunk
 	marked bool
 	slab   *slab
-	n      int // end of the output in slab
-	from   int // where the output of this piece begins; before it lies the window
-	base   int // where the window begins: never before the member's first byte
-	summed int // up to where part reaches
-	part   sum // of the member at hand, in this piece
-	clean  int // from where on there is no marker
+	n      int  // end of the output in slab
+	from   int  // where the output of this piece begins; before it lies the window
+	base   int  // where the window begins: never before the member's first byte
+	summed int  // up to where part reaches
+	part   sum  // of the member at hand, in this piece
+	lazy   bool // what is read directly is summed up by whoever reads the piece
+	clean  int  // from where on there is no marker
 	cur    piece
 
 	carry *window  // of the slab before
@@ -35,11 +36,14 @@ func (o *output) size() int {
 }
 
 // room makes sure that there is some to decode to; if not, the chunk must pause.
-func (o *output) room() bool {
+func (o *output) room() bool { return o.roomAfter(windowSize) }
+
+// roomAfter is room where so many bytes of the window are enough.
+func (o *output) roomAfter(keep int) bool {
 	if o.slab != nil && o.size()-o.n >= outMargin {
 		return true
 	}
-	o.flush()
+	o.flushKeeping(keep)
 	s := o.c.takeSlab()
 	if s == nil {
 		return false
@@ -57,6 +61,7 @@ func (o *output) room() bool {
 		copy(s.b[o.base:], o.carry.bytes())
 	}
 	o.from, o.summed, o.part = o.n, o.n, sum{}
+	o.lazy = o.c.awaited()
 	return true
 }
 
@@ -94,7 +99,9 @@ func (o *output) learn(before *window) {
 }
 
 // flush gives the slab away as a piece, keeping the window.
-func (o *output) flush() {
+func (o *output) flush() { o.flushKeeping(windowSize) }
+
+func (o *output) flushKeeping(keep int) {
 	p := o.cur
 	o.cur = piece{}
 	p.slab, p.lo, p.hi, p.marked = o.slab, o.from, o.n, o.marked
@@ -104,12 +111,13 @@ func (o *output) flush() {
 	case o.marked:
 		o.syms = append(o.syms[:0], o.slab.u[max(0, o.n-windowSize):o.n]...)
 	default:
-		o.carry.set(o.slab.b[o.base:o.n])
+		o.carry.set(o.slab.b[max(o.base, o.n-keep):o.n])
 		if p.ends {
 			p.tail = o.part
 		} else {
 			p.head = o.part
 		}
+		p.unsummed = o.n - o.summed
 	}
 	o.slab = nil
 	if p.hi > p.lo || p.ends {

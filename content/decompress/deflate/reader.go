@@ -81,6 +81,9 @@ func (r *Reader) Next() (data []byte, release func(), err error) {
 // check compares the sum of a member that ends in p, and cuts off what stands
 // behind it if it is wrong.
 func (r *Reader) check(p *piece) error {
+	if p.unsummed > 0 {
+		p.sum()
+	}
 	r.run = r.run.then(p.head)
 	if !p.ends {
 		return nil

@@ -16,7 +16,7 @@ import (
 // withSizes makes chunks and slabs small.
 func withSizes(chunk, slab, slabs int) Option {
 	return func(c *config) {
-		c.first, c.chunk, c.least, c.slab, c.slabs = chunk, chunk, chunk, slab, slabs
+		c.first, c.chunk, c.least, c.slab, c.slabs, c.direct = chunk, chunk, chunk, slab, slabs, min(chunk, directLeast)
 	}
 }
 
