@@ -2,15 +2,13 @@ package layer
 
 import (
 	"bytes"
-	"fmt"
 	"maps"
-	"slices"
-	"strconv"
-	"strings"
 	"testing"
+
+	"github.com/gantryd/gantry/integration/corpus"
 )
 
-// member is one tar member, written without archive/tar's opinions.
+// member is a corpus.Member in short.
 type member struct {
 	typ      byte
 	name     string
@@ -25,38 +23,20 @@ type member struct {
 	size     int64 // of the header, if not len(data)
 }
 
+// rawTar is a tar written without archive/tar's opinions.
 type rawTar struct{ bytes.Buffer }
 
 func (w *rawTar) add(m member) {
-	if len(m.pax) > 0 {
-		var records strings.Builder
-		for _, k := range slices.Sorted(maps.Keys(m.pax)) {
-			records.WriteString(paxRecord(k, m.pax[k]))
-		}
-		w.block(member{typ: 'x', name: "PaxHeaders/x", mode: 0o644}, int64(records.Len()))
-		w.padded(records.String())
-	}
-	if len(m.name) > 100 {
-		w.block(member{typ: 'L', name: "././@LongLink"}, int64(len(m.name))+1)
-		w.padded(m.name + "\x00")
-		m.name = m.name[:100]
-	}
-	if len(m.link) > 100 {
-		w.block(member{typ: 'K', name: "././@LongLink"}, int64(len(m.link))+1)
-		w.padded(m.link + "\x00")
-		m.link = m.link[:100]
-	}
-	size := int64(len(m.data))
-	if m.size != 0 {
-		size = m.size
-	}
-	w.block(m, size)
-	w.padded(m.data)
+	w.Write(corpus.Open(corpus.Member{
+		Type: m.typ, Name: m.name, Link: m.link, Mode: m.mode, UID: m.uid, GID: m.gid, MTime: m.mtime, Major: m.major, Minor: m.minor,
+		PAX: m.pax, Data: m.data, Size: m.size,
+	}))
 }
 
-func (w *rawTar) end() []byte {
-	w.Write(make([]byte, 1024))
-	return w.Bytes()
+// block adds a header alone.
+func (w *rawTar) block(m member, size int64) {
+	m.data, m.size = "", size
+	w.add(m)
 }
 
 func (w *rawTar) padded(s string) {
@@ -64,52 +44,12 @@ func (w *rawTar) padded(s string) {
 	w.Write(make([]byte, -len(s)&511))
 }
 
-func (w *rawTar) block(m member, size int64) {
-	var b [512]byte
-	copy(b[0:100], m.name)
-	number(b[100:108], m.mode)
-	number(b[108:116], m.uid)
-	number(b[116:124], m.gid)
-	number(b[124:136], size)
-	number(b[136:148], m.mtime)
-	b[156] = m.typ
-	copy(b[157:257], m.link)
-	copy(b[257:], "ustar  \x00")
-	number(b[329:337], m.major)
-	number(b[337:345], m.minor)
-	copy(b[148:156], "        ")
-	sum := 0
-	for _, c := range b {
-		sum += int(c)
-	}
-	copy(b[148:156], fmt.Sprintf("%06o\x00 ", sum))
-	w.Write(b[:])
+func (w *rawTar) end() []byte {
+	w.Write(make([]byte, 1024))
+	return w.Bytes()
 }
 
-// number writes octal where it fits, else GNU's base 256.
-func number(field []byte, v int64) {
-	s := fmt.Sprintf("%0*o", len(field)-1, v)
-	if v >= 0 && len(s) < len(field) {
-		copy(field, s)
-		return
-	}
-	for i := len(field) - 1; i >= 0; i-- {
-		field[i] = byte(v)
-		v >>= 8
-	}
-	field[0] |= 0x80
-}
-
-func paxRecord(k, v string) string {
-	n := len(k) + len(v) + 3
-	for {
-		s := strconv.Itoa(n) + " " + k + "=" + v + "\n"
-		if len(s) == n {
-			return s
-		}
-		n = len(s)
-	}
-}
+func paxRecord(k, v string) string { return corpus.Record(k, v) }
 
 func makeTar(members ...member) []byte {
 	var w rawTar
