@@ -58,7 +58,7 @@ corpus-random: ## compare random hostile layers with overlayfs, in each mode (ro
 
 # A target of its own, with a file of its own tag: whoever runs `make test` need not build Kubernetes.
 .PHONY: test-kubelet
-test-kubelet: build peers $(KUBELET) kubelet-prerequisites ## have a real kubelet run pods on gantry (root; builds it once, some minutes)
+test-kubelet: build peers $(KUBELET) kubelet-prerequisites ## have a real kubelet run pods on gantry (root; builds it once, some minutes: CI has no time for it)
 	go test -count=1 -timeout 10m -tags kubelet -run '^TestKubelet$$' $(if $(V),-v) ./integration
 
 # The sandboxes of a kubelet need a runc with seccomp, which the peers' is built without.
@@ -151,7 +151,7 @@ debian: prerequisites ## make the layers of the Debian images in .cache (root; m
 
 # With -j the network and the processors are busy at once.
 .PHONY: ready
-ready: peers $(KUBELET) $(LINTER) debian ## build and fetch all that CI needs (use -j)
+ready: peers $(LINTER) debian ## build and fetch all that CI needs (use -j)
 
 .PHONY: erofs-utils
 erofs-utils: $(EROFS_BINS) ## put mkfs.erofs and fsck.erofs 1.7 or later beside the peers (root)
