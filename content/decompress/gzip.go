@@ -20,7 +20,7 @@ func newGzipDecoder(in io.Reader, mem *memory, workers int) (*gzipDecoder, error
 	if workers > 1 && !mem.more(deflate.Memory(2)/2-baseBlocks) {
 		workers = 1
 	}
-	r, err := deflate.NewReader(in, deflate.WithWorkers(workers), deflate.WithMemory(mem.lend, mem.restore))
+	r, err := deflate.NewReader(in, deflate.WithWorkers(workers), deflate.WithMemory(mem.lend, mem.restore), deflate.WithSpare(spare))
 	if err != nil {
 		return nil, err
 	}

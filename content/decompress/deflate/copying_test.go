@@ -3,14 +3,15 @@ package deflate
 import (
 	"bytes"
 	"io"
+	"sync/atomic"
 	"testing"
 )
 
 // guesses decodes in and returns how many chunks were begun ahead of the chain, and
 // whether they are left out at the end.
-func guesses(t *testing.T, in, want []byte, chunk int) (n int, none bool) {
+func guesses(t *testing.T, in, want []byte, chunk int, opts ...Option) (n int, none bool) {
 	t.Helper()
-	r, err := NewReaderAt(bytes.NewReader(in), WithWorkers(2), withSizes(chunk, 4*smallSlab, 4))
+	r, err := NewReaderAt(bytes.NewReader(in), append(opts, WithWorkers(2), withSizes(chunk, 4*smallSlab, 4))...)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -35,5 +36,24 @@ func TestNoGuessesAtStored(t *testing.T) {
 	}
 	if n, none := guesses(t, join(a, b), join(stored, coded), 20_000); none {
 		t.Errorf("%d guesses, and none at the end, where coded blocks follow", n)
+	}
+}
+
+// TestNoGuessesOnBusyProcessors: guesses cost more than they bring where no processor is spare, and begin when one is.
+func TestNoGuessesOnBusyProcessors(t *testing.T) {
+	t.Parallel()
+	want := prose(3_000_000)
+	in := squeezeGzip(t, want, 6)
+	if n, _ := guesses(t, in, want, 20_000, WithSpare(func() bool { return false })); n > 0 {
+		t.Errorf("%d guesses without a spare processor", n)
+	}
+	var asked atomic.Int32
+	spare := func() bool { return asked.Add(1) > 5 }
+	for round := 0; ; round++ { // a worker that comes late is not asked for
+		if n, _ := guesses(t, in, want, 20_000, WithSpare(spare)); n > 0 {
+			break
+		} else if round == 1000 {
+			t.Fatalf("no guesses, though a processor is spare from the 6th of %d times on", asked.Load())
+		}
 	}
 }

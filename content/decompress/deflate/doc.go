@@ -22,7 +22,7 @@
 // is left as soon as possible: when 32 KiB without a marker were decoded; at the end of a
 // gzip member; and when the window becomes known while the chunk is being decoded. With two
 // workers about a quarter of a stream is decoded with markers. The chunk whose
-// predecessor is done never begins with them.
+// predecessor is done never begins with them. Who has other work for the processors says so by [WithSpare].
 //
 // What is only copied, block after stored block, is left to one worker. It reads from
 // the source right to where the bytes are wanted; who takes them sums them up if

@@ -103,7 +103,7 @@ func (e *engine) lengthen() (job, *chunk) {
 	for {
 		tail := e.tail
 		chained := tail == e.head && tail.stage == done
-		if (e.ended || e.copying) && !chained {
+		if !chained && (e.ended || e.copying || !e.cfg.spare()) {
 			return nothing, nil
 		}
 		seg := e.after(tail.last)

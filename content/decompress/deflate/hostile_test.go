@@ -132,7 +132,7 @@ func TestGuessesAreChecked(t *testing.T) {
 	text := squeezeGzip(t, prose(3_000_000), 1)
 	planted := squeezeGzip(t, text, 0)
 	for round := 0; sum.right == 0 || sum.wrong == 0 || sum.late == 0 || sum.resolved == 0; round++ {
-		if round == 20 {
+		if round == 1000 { // which ones depends on who runs when
 			t.Fatalf("%+v", sum)
 		}
 		for _, in := range [][]byte{text, planted} {

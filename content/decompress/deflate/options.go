@@ -52,6 +52,7 @@ type config struct {
 	direct  int // the shortest stored block that is read without a segment
 	grow    func(int64) bool
 	shrink  func(int64)
+	spare   func() bool // whether a guess is worth its costs
 }
 
 func newConfig(opts []Option) config {
@@ -60,6 +61,7 @@ func newConfig(opts []Option) config {
 		first:   firstChunk, chunk: chunkSize, least: minChunk,
 		slab: slabSize, slabs: slabsPerJob, direct: directLeast,
 		grow: func(int64) bool { return true }, shrink: func(int64) {},
+		spare: func() bool { return true },
 	}
 	for _, o := range opts {
 		o(&c)
@@ -93,3 +95,8 @@ func WithWorkers(n int) Option { return func(c *config) { c.workers = n } }
 func WithMemory(grow func(bytes int64) bool, shrink func(bytes int64)) Option {
 	return func(c *config) { c.grow, c.shrink = grow, shrink }
 }
+
+// WithSpare asks before a worker guesses where a block begins further down the stream, which costs half as much again as
+// decoding from a known place: worth it on a processor that has nothing else to do. While spare says no, the
+// stream is decoded by one worker; it is asked again at each chunk. It must not block, and not call the Reader.
+func WithSpare(spare func() bool) Option { return func(c *config) { c.spare = spare } }
