@@ -85,6 +85,7 @@ func (s *Snapshotter) discard(ctx context.Context, name string) error {
 		return err
 	}
 	defer unlock()
+	defer s.tars.forget(name)
 	if err := s.unmount(name); err != nil {
 		return err
 	}

@@ -224,10 +224,18 @@ func (s *Snapshotter) present(ctx context.Context, snap storage.Snapshot, f form
 	}.mounts(), nil
 }
 
-func (l layout) lowers(ids []string) []string {
+// lower is the directory that shows the layer of a committed snapshot, which is ready.
+func (s *Snapshotter) lower(id string) string {
+	if s.tars.has(id) || s.isTar(id) {
+		return s.mountpoint(id)
+	}
+	return s.upper(id)
+}
+
+func (s *Snapshotter) lowers(ids []string) []string {
 	paths := make([]string, len(ids))
 	for i, id := range ids {
-		paths[i] = l.lower(id)
+		paths[i] = s.lower(id)
 	}
 	return paths
 }

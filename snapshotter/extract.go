@@ -96,6 +96,7 @@ func (s *Snapshotter) extractCommitted(ctx context.Context, id string, parents [
 // dropLayer takes an adopted layer away from a snapshot. The link goes before
 // what describes it: a link without description would be no layer.
 func (s *Snapshotter) dropLayer(id string) error {
+	defer s.tars.forget(id)
 	return errors.Join(s.unmount(id), removeFile(s.layer(id)), removeFile(s.index(id)), removeFile(s.lowestIndex(id)), removeFile(s.onlyLowest(id)), removeFile(s.record(id)))
 }
 

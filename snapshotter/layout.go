@@ -64,14 +64,6 @@ func (l layout) upperMounted(id string) bool {
 // directory, on the disk or in an upper file.
 func (l layout) isTar(id string) bool { return exists(l.layer(id)) }
 
-// lower is the directory that shows the layer of a committed snapshot.
-func (l layout) lower(id string) string {
-	if l.isTar(id) {
-		return l.mountpoint(id)
-	}
-	return l.upper(id)
-}
-
 // mounted says whether an EROFS image is mounted at the mount point of id. An
 // empty directory there would show as an empty layer, silently.
 func (l layout) mounted(id string) bool {

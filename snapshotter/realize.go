@@ -45,14 +45,35 @@ func (s *Snapshotter) ready(ctx context.Context, chain []string) error {
 }
 
 func (s *Snapshotter) isReady(id string) bool {
+	if s.tars.has(id) {
+		if s.mounted(id) {
+			return true
+		}
+		s.tars.forget(id) // it may be made a directory, if it cannot be mounted again
+	}
 	switch {
 	case exists(s.pending(id)):
 		return false
-	case s.isTar(id):
-		return s.mounted(id)
-	default:
+	case !s.isTar(id):
 		return exists(s.upper(id))
+	case !s.mounted(id):
+		return false
 	}
+	s.tars.add(id)
+	return true
+}
+
+// tarLayers remembers which committed snapshots isReady found to be tar layers with nothing pending. They stay that,
+// and each Prepare and Mounts would look for the same files of a whole chain again. What may change, the mount, is looked
+// at each time. dropLayer and discard, which take the files away, forget the layer, and so does isReady if its mount is gone.
+type tarLayers struct{ ids sync.Map }
+
+func (t *tarLayers) add(id string)    { t.ids.Store(id, nil) }
+func (t *tarLayers) forget(id string) { t.ids.Delete(id) }
+
+func (t *tarLayers) has(id string) bool {
+	_, ok := t.ids.Load(id)
+	return ok
 }
 
 // settled waits for those ancestors whose directories are what other layers

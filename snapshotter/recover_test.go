@@ -161,6 +161,9 @@ func TestMissingMountIsMadeAgain(t *testing.T) {
 	if _, err := r.View(t.Context(), "view", top); err != nil {
 		t.Fatal(err)
 	}
+	if !r.tars.has(r.id(t, top)) {
+		t.Error("a layer that was shown is not remembered")
+	}
 	r.unmountLayers(t)
 	mounts, err := r.Mounts(t.Context(), "view")
 	if err != nil {
@@ -169,6 +172,39 @@ func TestMissingMountIsMadeAgain(t *testing.T) {
 	sameTree(t, look(t, mounts), want)
 	r.unmountLayers(t)
 	sameTree(t, r.show(t, top), want)
+}
+
+// A layer that is remembered as a tar, and whose mount somebody takes away, may become a directory.
+func TestRememberedLayerBecomesDirectory(t *testing.T) {
+	layers := image(t)[:3]
+	want := reference(t, nil, layers...)
+	r := newRig(t, ModeFile)
+	top := r.pull(t, unpacks[0], "x", "", layers...)
+	r.restart(t, func() { r.opts.Mount = ModeDirectory })
+	sameTree(t, r.show(t, top), want) // still from the mounts
+	id := r.id(t, top)
+	if !r.tars.has(id) || !r.isTar(id) {
+		t.Fatal("the layer is no tar, or not remembered")
+	}
+	r.unmountLayers(t)
+	sameTree(t, r.show(t, top), want)
+	if r.tars.has(id) || r.isTar(id) {
+		t.Error("the layer is still a tar, or remembered as one")
+	}
+	sameTree(t, r.show(t, top), want)
+}
+
+func TestRemovedLayersAreForgotten(t *testing.T) {
+	r := newRig(t, ModeFile)
+	layers := image(t)[:3]
+	r.show(t, r.pull(t, unpacks[0], "x", "", layers...))
+	for i := len(layers) - 1; i >= 0; i-- {
+		r.remove(t, fmt.Sprintf("x-%d", i))
+	}
+	r.tars.ids.Range(func(id, _ any) bool {
+		t.Errorf("%s is remembered", id)
+		return true
+	})
 }
 
 func TestCutLayerIsNotMounted(t *testing.T) {

@@ -128,6 +128,7 @@ type Snapshotter struct {
 	unmapped error   // why lowers cannot be id-mapped; nil if they can
 	uppers   *uppers // nil: directories
 
+	tars    tarLayers
 	locks   keyLocks
 	work    *worker
 	saver   *saver // nil where nothing is changed
