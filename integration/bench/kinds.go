@@ -26,6 +26,7 @@ var (
 	gantry    = kind{name: "gantry", node: harness.Options{Snapshotter: harness.Gantry}}
 	discard   = kind{name: "discard", node: harness.Options{Snapshotter: harness.Gantry, GantryExtra: "\n[content]\nretain = 'none'\n"}, missing: noRetain}
 	overlayfs = kind{name: "overlayfs", node: harness.Options{Snapshotter: harness.Overlayfs}}
+	proxied   = kind{name: "overlayfs behind a proxy", node: harness.Options{Snapshotter: harness.Proxied}}
 	erofs     = kind{name: "erofs", node: harness.Options{Snapshotter: harness.Erofs, ContainerdExtra: fmt.Sprintf(tunedErofs, "")}, missing: noMkfs}
 	skopeo    = kind{name: "skopeo", command: copyBlobs, missing: noSkopeo}
 )

@@ -38,7 +38,7 @@ func (b *bench) read(ctx context.Context) error {
 		{"1 GB, random pages through mmap", func(root string) error { return faultPages(filepath.Join(root, "model/000")) }},
 		{"15,000 small files", func(root string) error { return readTree(filepath.Join(root, "usr")) }},
 	}
-	return b.beside(ctx, spec, func(nodes []sideNode) error {
+	return b.beside(ctx, spec, []kind{gantry, overlayfs}, func(nodes []sideNode) error {
 		return withRoots(ctx, nodes, nil, func(roots map[string]string) error {
 			for _, p := range patterns {
 				for _, cold := range []bool{true, false} {

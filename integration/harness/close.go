@@ -44,6 +44,10 @@ func (n *Node) Stop() error {
 		errs = append(errs, n.gantryd.Stop())
 		n.gantryd = nil
 	}
+	if n.proxied != nil {
+		errs = append(errs, n.proxied.Stop())
+		n.proxied = nil
+	}
 	return errors.Join(errs...)
 }
 

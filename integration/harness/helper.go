@@ -3,24 +3,12 @@ package harness
 import (
 	"archive/tar"
 	"context"
-	"fmt"
 	"io"
 	"os"
-	"os/exec"
-	"path/filepath"
 )
 
 // BuildHelper builds the program of test images into dir and returns its path.
-func BuildHelper(ctx context.Context, dir string) (string, error) {
-	path := filepath.Join(dir, "helper")
-	cmd := exec.CommandContext(ctx, "go", "build", "-trimpath", "-ldflags=-s -w", "-o", path,
-		"github.com/gantryd/gantry/integration/harness/helper")
-	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
-	if out, err := cmd.CombinedOutput(); err != nil {
-		return "", fmt.Errorf("build the helper program: %w: %s", err, out)
-	}
-	return path, nil
-}
+func BuildHelper(ctx context.Context, dir string) (string, error) { return build(ctx, dir, "helper") }
 
 // HelperTar is a layer with the helper program as /helper and the folders a container needs.
 func HelperTar(path string) TarFunc {

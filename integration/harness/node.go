@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -21,12 +20,13 @@ import (
 const (
 	Gantry    = "gantry"
 	Overlayfs = "overlayfs" // containerd as shipped, without gantryd
+	Proxied   = "proxied"   // Overlayfs, and containerd's content store, as proxy plugins of a program of their own
 	Erofs     = "erofs"     // containerd's own, with its differ; mkfs.erofs must be among the peers or in PATH
 )
 
 // Options say what a node is to be.
 type Options struct {
-	Snapshotter     string // Gantry (default), Overlayfs or Erofs
+	Snapshotter     string // Gantry (default), Overlayfs, Proxied or Erofs
 	CRI             bool   // with containerd's CRI plugin
 	Runc            string // another runc than the peers', for pods; its path
 	Line            string // of containerd: "2.2" or "2.3" for the newest of an older one
@@ -48,6 +48,7 @@ type Node struct {
 	options    Options
 	folder     *PrivateFolder
 	gantryd    *Process
+	proxied    *Process
 	containerd *Process
 
 	mu     sync.Mutex
@@ -95,6 +96,11 @@ func (n *Node) start(ctx context.Context) error {
 			return err
 		}
 	}
+	if n.Snapshotter == Proxied {
+		if err := n.startProxied(ctx); err != nil {
+			return err
+		}
+	}
 	config, err := render(containerdConfig, containerdValues{
 		Dir: n.Dir, DropIn: n.dropIn(), GCDelay: n.options.GCDelay.String(), CRI: n.options.CRI,
 		Line: n.options.Line, Runc: n.options.Runc, Erofs: n.Snapshotter == Erofs, Extra: n.options.ContainerdExtra,
@@ -138,10 +144,11 @@ func (n *Node) mountTmpfs() error {
 func (n *Node) path(name string) string { return filepath.Join(n.Dir, name) }
 
 func (n *Node) dropIn() string {
-	if n.Snapshotter != Gantry {
-		return ""
+	switch n.Snapshotter {
+	case Gantry, Proxied:
+		return n.path(n.Snapshotter + "-dropin.toml")
 	}
-	return n.path("gantry-dropin.toml")
+	return ""
 }
 
 // configureGantryd writes gantryd's file, and the drop-in that `gantry config containerd` makes of it.
@@ -170,14 +177,7 @@ func (n *Node) StartGantryd(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	return n.gantryd.ready(ctx, func(ctx context.Context) error {
-		var d net.Dialer
-		conn, err := d.DialContext(ctx, "unix", n.path("g.sock"))
-		if err != nil {
-			return err
-		}
-		return conn.Close()
-	})
+	return n.gantryd.answers(ctx, n.path("g.sock"))
 }
 
 // StartContainerd starts containerd, for the first time or again after it was stopped.

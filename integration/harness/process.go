@@ -4,6 +4,7 @@ import (
 	"bufio"
 	"context"
 	"fmt"
+	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -134,6 +135,18 @@ func (p *Process) Tail() string {
 		}
 	}
 	return p.log + ":\n" + strings.Join(lines, "\n")
+}
+
+// answers waits until the process accepts connections on a socket.
+func (p *Process) answers(ctx context.Context, socket string) error {
+	return p.ready(ctx, func(ctx context.Context) error {
+		var d net.Dialer
+		conn, err := d.DialContext(ctx, "unix", socket)
+		if err != nil {
+			return err
+		}
+		return conn.Close()
+	})
 }
 
 // ready polls check until it succeeds, the process ends or ctx does.
