@@ -42,7 +42,7 @@ func (s *Snapshotter) extract(ctx context.Context, id, tar string, parents []str
 	}
 	if _, err := archive.Apply(ctx, s.upper(id), f, opts...); err != nil {
 		if errors.Is(err, unix.EPERM) && onOverlayfs(s.upper(id)) {
-			err = fmt.Errorf("%w (overlayfs holds no whiteouts: set snapshotter.mount = \"loop\", or root to another file system)", err)
+			err = fmt.Errorf("%w (overlayfs holds no whiteouts: set snapshotter.mount = \"loop\", snapshotter.upper = \"file\", or root to another file system)", err)
 		}
 		return err
 	}

@@ -10,6 +10,8 @@ import (
 	"testing"
 
 	"github.com/containerd/containerd/v2/core/mount"
+	"github.com/containerd/containerd/v2/core/snapshots"
+	digest "github.com/opencontainers/go-digest"
 	"golang.org/x/sys/unix"
 )
 
@@ -177,7 +179,22 @@ func TestRootOnOverlay(t *testing.T) {
 		if reason := r.Status().Reason; reason != "configured" {
 			t.Errorf("reason %q", reason)
 		}
-		r.container(t, "c", r.pull(t, unpacks[0], "x", "", layers[2:4]...))
+		// With the keys of an unpack, which elsewhere gets no upper file: these layers delete.
+		var top string
+		for i, blob := range layers {
+			key := fmt.Sprintf("default/%d/"+snapshots.UnpackKeyFormat, i, "1234-", digest.FromBytes(blob))
+			mounts, err := r.Prepare(t.Context(), key, top)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := r.Adopt(t.Context(), mounts, r.store(t, blob)); err != nil {
+				t.Fatalf("layer %d: %v", i, err)
+			}
+			top = fmt.Sprint("x-", i)
+			r.commit(t, top, key, "")
+		}
+		sameTree(t, r.show(t, top), want)
+		r.container(t, "c", top)
 		r.inside(t, "c", write("f", bytes.Repeat([]byte("x"), 1<<20)))
 		r.remove(t, "c")
 	})

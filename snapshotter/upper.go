@@ -131,9 +131,16 @@ func (u *uppers) make(ctx context.Context, file string, size int64) error {
 // gets a directory. Layers are unpacked into directories: an image is no
 // container's doing, and of most of them nothing stays but the tar. They are
 // told by the key that containerd gives them, not by labels, which whoever
-// writes a pod may set.
+// writes a pod may set. Where a directory cannot hold whiteouts, a layer that is
+// kept in one gets a file, too.
 func (s *Snapshotter) fileSize(ctx context.Context, info snapshots.Info) int64 {
-	if s.uppers == nil || info.Kind != snapshots.KindActive || isUnpackKey(info.Name) {
+	switch {
+	case s.uppers == nil || info.Kind != snapshots.KindActive:
+		return 0
+	case !isUnpackKey(info.Name):
+	case s.mode == ModeDirectory && onOverlayfs(s.root):
+		return s.uppers.size
+	default:
 		return 0
 	}
 	label, ok := info.Labels[snapshots.LabelSnapshotMaxSize]
