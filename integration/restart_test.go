@@ -104,16 +104,24 @@ func wantTasks(t *testing.T, n *harness.Node, want int) {
 // hostModes are the ways layers are mounted, and what shows them.
 var hostModes = []struct {
 	name, extra string
-	reason      string // in the status and in the log
-	tmpfs       bool   // gantryd's root is one
+	root        string // the file system of gantryd's root
 	mode        string
-	loops       bool
-	directories bool
+	reason      string // in the status and in the log
+	mounts      int    // a layer
+	loops       int    // a layer
 }{
-	{name: "file", extra: "\n[snapshotter]\nmount = 'file'\n", mode: "file", reason: "configured"},
-	{name: "loop", extra: "\n[snapshotter]\nmount = 'loop'\n", mode: "loop", reason: "configured", loops: true},
-	{name: "directory", extra: "\n[snapshotter]\nmount = 'directory'\n", mode: "directory", reason: "configured", directories: true},
-	{name: "tmpfs", tmpfs: true, mode: "loop", reason: "EROFS mounts from loop devices, but not from files", loops: true},
+	{name: "file", extra: "mount = 'file'", mode: "file", reason: "configured", mounts: 1},
+	{name: "loop", extra: "mount = 'loop'", mode: "loop", reason: "configured", mounts: 1, loops: 2},
+	{name: "directory", extra: "mount = 'directory'", mode: "directory", reason: "configured"},
+	{name: "tmpfs", root: harness.Tmpfs, mode: "loop", reason: "EROFS mounts from loop devices, but not from files", mounts: 1, loops: 2},
+	{
+		name: "overlayfs", root: harness.Overlay, extra: "upper = 'file'", mode: "loop",
+		reason: "EROFS mounts from loop devices, but not from files", mounts: 1, loops: 2,
+	},
+	{ // layers are upper files
+		name: "directory on overlayfs", root: harness.Overlay, extra: "mount = 'directory'\nupper = 'file'", mode: "directory",
+		reason: "configured", mounts: 1, loops: 1,
+	},
 }
 
 // TestHosts runs an image in each way layers are mounted, also after a reboot that left no mount, takes it away, and
@@ -122,7 +130,7 @@ func TestHosts(t *testing.T) {
 	needGantry(t)
 	for _, h := range hostModes {
 		t.Run(h.name, func(t *testing.T) {
-			n, r, p := setup(t, harness.Options{GantryExtra: h.extra, Tmpfs: h.tmpfs})
+			n, r, p := setup(t, harness.Options{GantryExtra: "\n[snapshotter]\n" + h.extra + "\n", Root: h.root})
 			im, ref := push(t, r, p.Host(), "hosts", small(31, 2<<20))
 			status, err := n.GantryCLI(t.Context(), "status")
 			if err != nil || !strings.Contains(status, "mount mode "+h.mode+": "+h.reason) {
@@ -137,7 +145,7 @@ func TestHosts(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			wantMounts(t, n, len(im.Layers), h.loops, h.directories)
+			wantMounts(t, n, len(im.Layers)*h.mounts, len(im.Layers)*h.loops)
 
 			reboot(t, n)
 			mustRun(t, n, "default", ref, "31", "/helper", "cat", "/etc/link") // nothing but this asks for the mounts
@@ -148,7 +156,7 @@ func TestHosts(t *testing.T) {
 			for _, d := range harness.CompareTrees(tree, again, nil) {
 				t.Error("after the reboot:", d)
 			}
-			wantMounts(t, n, len(im.Layers), h.loops, h.directories)
+			wantMounts(t, n, len(im.Layers)*h.mounts, len(im.Layers)*h.loops)
 			if err := n.RemoveImage(t.Context(), "default", ref); err != nil {
 				t.Fatal(err)
 			}
@@ -157,8 +165,8 @@ func TestHosts(t *testing.T) {
 	}
 }
 
-// wantMounts wants each layer to be mounted once, on two loop devices where there is no other way, or to be a directory.
-func wantMounts(t *testing.T, n *harness.Node, layers int, loops, directories bool) {
+// wantMounts wants so many mounts and loop devices, once those of containers are gone.
+func wantMounts(t *testing.T, n *harness.Node, mounted, attached int) {
 	t.Helper()
 	eventually(t, "layers mounted", func() error {
 		mounts, err := harness.MountsBelow(n.Dir + "/gantry/mnt")
@@ -168,13 +176,6 @@ func wantMounts(t *testing.T, n *harness.Node, layers int, loops, directories bo
 		devices, err := harness.LoopsOf(n.Dir)
 		if err != nil {
 			return err
-		}
-		mounted, attached := layers, 0
-		if directories {
-			mounted = 0
-		}
-		if loops {
-			attached = 2 * layers
 		}
 		if len(mounts) != mounted || len(devices) != attached {
 			return fmt.Errorf("%d mounts and %d loop devices, want %d and %d", len(mounts), len(devices), mounted, attached)

@@ -24,6 +24,12 @@ const (
 	Erofs     = "erofs"     // containerd's own, with its differ; mkfs.erofs must be among the peers or in PATH
 )
 
+// The file systems that gantryd's root can be made, besides ext4.
+const (
+	Tmpfs   = "tmpfs"
+	Overlay = "overlay"
+)
+
 // Options say what a node is to be.
 type Options struct {
 	Snapshotter     string // Gantry (default), Overlayfs, Proxied or Erofs
@@ -35,7 +41,7 @@ type Options struct {
 	GantryExtra     string // TOML after gantryd's configuration
 	GCDelay         time.Duration
 	DiskMiB         int      // gantryd's root is an ext4 file system of this size; 0: a folder like any other
-	Tmpfs           bool     // gantryd's root is a tmpfs
+	Root            string   // of gantryd's root: Tmpfs, Overlay, or "" for the disk's
 	Env             []string // for containerd
 }
 
@@ -78,8 +84,8 @@ func (n *Node) start(ctx context.Context) error {
 			return err
 		}
 	}
-	if n.options.Tmpfs {
-		if err := n.mountTmpfs(); err != nil {
+	if n.options.Root != "" {
+		if err := n.mountRoot(); err != nil {
 			return err
 		}
 	}
@@ -133,12 +139,19 @@ func (n *Node) mountDisk(ctx context.Context) error {
 	return nil
 }
 
-func (n *Node) mountTmpfs() error {
-	root := n.path("gantry")
-	if err := os.Mkdir(root, 0o700); err != nil {
-		return err
+// mountRoot mounts a file system at gantryd's root.
+func (n *Node) mountRoot() error {
+	root, disk := n.path("gantry"), n.path("below")
+	for _, dir := range []string{root, disk, disk + "/lower", disk + "/upper", disk + "/work"} {
+		if err := os.Mkdir(dir, 0o700); err != nil {
+			return err
+		}
 	}
-	return unix.Mount("tmpfs", root, "tmpfs", 0, "size=1g")
+	data := "size=1g"
+	if n.options.Root == Overlay {
+		data = fmt.Sprintf("lowerdir=%[1]s/lower,upperdir=%[1]s/upper,workdir=%[1]s/work", disk)
+	}
+	return unix.Mount(n.options.Root, root, n.options.Root, 0, data)
 }
 
 func (n *Node) path(name string) string { return filepath.Join(n.Dir, name) }
