@@ -245,8 +245,12 @@ func (m *Manager) Distrust(d digest.Digest) error {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	for _, j := range m.jobs {
-		if j.blob.Digest == d && j.ended {
-			m.drop(j)
+		select {
+		case <-j.done: // its waiters know, whether it is settled or not
+			if j.blob.Digest == d {
+				m.drop(j)
+			}
+		default:
 		}
 	}
 	return err

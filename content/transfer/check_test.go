@@ -3,13 +3,17 @@ package transfer
 import (
 	"context"
 	"hash/crc32"
+	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
 	"testing"
 
+	"github.com/containerd/log"
 	"github.com/opencontainers/go-digest"
+	"github.com/sirupsen/logrus"
 )
 
 type testPieces struct{}
@@ -139,41 +143,80 @@ func TestCheckPartial(t *testing.T) {
 	}
 }
 
-// A finished blob that rots after it was verified in this process is found, and not believed any more.
+// A finished blob that rots after it was verified in this process is found, and not believed any more, be it that the
+// transfer's goroutine has not yet settled what its waiters know.
 func TestCheckFinished(t *testing.T) {
 	t.Parallel()
-	data, b := randomBlob(32, 3*blockSize+100)
-	m := newManager(t, t.TempDir(), Options{})
-	src := &fakeSource{host: "a", data: data}
-	h := join(t, m, b, src)
-	wait(t, h)
-	if err := h.Close(); err != nil {
-		t.Fatal(err)
+	for name, late := range map[string]bool{"settled": false, "not settled": true} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			data, b := randomBlob(32, 3*blockSize+100)
+			m := newManager(t, t.TempDir(), Options{})
+			src := &fakeSource{host: "a", data: data}
+			ctx, settle := t.Context(), func() {}
+			if late {
+				ctx, settle = heldAtItsEnd(ctx)
+				t.Cleanup(settle)
+			}
+			h, err := m.Join(ctx, "", b, src)
+			if err != nil {
+				t.Fatal(err)
+			}
+			wait(t, h)
+			if err := h.Close(); err != nil {
+				t.Fatal(err)
+			}
+			before, err := os.Stat(dataPath(m, b))
+			if err != nil {
+				t.Fatal(err)
+			}
+			rot(t, dataPath(m, b), 1000)
+			if err := os.Chtimes(dataPath(m, b), before.ModTime(), before.ModTime()); err != nil { // a disk that rots changes no times
+				t.Fatal(err)
+			}
+			if found := mustCheck(t, m); len(found) != 1 || !found[0].Complete {
+				t.Fatalf("found %+v", found)
+			}
+			if err := m.Distrust(b.Digest); err != nil {
+				t.Fatal(err)
+			}
+			_, first := src.stats()
+			h = join(t, m, b, src)
+			settle()
+			wait(t, h)
+			if got, err := readAll(t, h); err != nil || string(got) != string(data) {
+				t.Errorf("%d bytes, %v", len(got), err)
+			}
+			if _, sent := src.stats(); sent-first != b.Size {
+				t.Errorf("%d bytes were fetched again, want %d", sent-first, b.Size)
+			}
+			if found := mustCheck(t, m); len(found) > 0 {
+				t.Errorf("afterwards: %+v", found)
+			}
+		})
 	}
-	before, err := os.Stat(dataPath(m, b))
-	if err != nil {
-		t.Fatal(err)
+}
+
+// heldAtItsEnd makes a context for Join whose transfer stops, when its waiters are told, until the function is called.
+func heldAtItsEnd(ctx context.Context) (context.Context, func()) {
+	logger, held := logrus.New(), make(chan struct{})
+	logger.SetOutput(io.Discard)
+	logger.SetLevel(logrus.DebugLevel)
+	logger.AddHook(holdAt{"transfer complete", held})
+	return log.WithLogger(ctx, logrus.NewEntry(logger)), sync.OnceFunc(func() { close(held) })
+}
+
+// holdAt is a hook that lets a message wait.
+type holdAt struct {
+	message string
+	until   <-chan struct{}
+}
+
+func (holdAt) Levels() []logrus.Level { return logrus.AllLevels }
+
+func (h holdAt) Fire(e *logrus.Entry) error {
+	if e.Message == h.message {
+		<-h.until
 	}
-	rot(t, dataPath(m, b), 1000)
-	if err := os.Chtimes(dataPath(m, b), before.ModTime(), before.ModTime()); err != nil { // a disk that rots changes no times
-		t.Fatal(err)
-	}
-	if found := mustCheck(t, m); len(found) != 1 || !found[0].Complete {
-		t.Fatalf("found %+v", found)
-	}
-	if err := m.Distrust(b.Digest); err != nil {
-		t.Fatal(err)
-	}
-	_, first := src.stats()
-	h = join(t, m, b, src)
-	wait(t, h)
-	if got, err := readAll(t, h); err != nil || string(got) != string(data) {
-		t.Errorf("%d bytes, %v", len(got), err)
-	}
-	if _, sent := src.stats(); sent-first != b.Size {
-		t.Errorf("%d bytes were fetched again, want %d", sent-first, b.Size)
-	}
-	if found := mustCheck(t, m); len(found) > 0 {
-		t.Errorf("afterwards: %+v", found)
-	}
+	return nil
 }
