@@ -284,6 +284,9 @@ func (h *Handle) Keep() error {
 	return nil
 }
 
+// Spent reports whether bytes were given up: nobody who comes now can read all of the blob from this transfer.
+func (h *Handle) Spent() bool { return h.job.spent() }
+
 // Abandon makes sure that nobody joins this transfer any more: what was discarded of it is needed after all. The next
 // Join starts from nothing.
 func (h *Handle) Abandon() {

@@ -97,6 +97,29 @@ func TestLayersThatAreThereAreDiscarded(t *testing.T) {
 	}
 }
 
+// An image is removed, layer files and all, and pulled again while gantryd still has its transfers: they have nothing to
+// unpack any more, and nobody waits for them.
+func TestRemovedLayersAreFetchedAgain(t *testing.T) {
+	t.Parallel()
+	f := newDiscardingFixture(t, false)
+	first, firstID := f.addLayer(t, 1, 1<<20)
+	second, secondID := f.addLayer(t, 2, 1<<20)
+	f.addImage(t, "default", []ocispec.Descriptor{first, second}, []digest.Digest{firstID, secondID})
+	f.Start(t.Context(), f.images)
+	for try := range 2 {
+		for _, l := range []ocispec.Descriptor{first, second} {
+			if r, err := f.record(t, "default", l); err != nil || r == nil {
+				t.Fatalf("try %d: record %v, %v", try, r, err)
+			}
+		}
+		for _, id := range []digest.Digest{firstID, secondID} {
+			if err := f.layers.Drop(id); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+}
+
 // What nobody unpacks is kept: an artifact, whose config names no layers.
 func TestLayersThatAreNotUnpackedAreKept(t *testing.T) {
 	t.Parallel()

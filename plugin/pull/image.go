@@ -239,10 +239,26 @@ func (p *Puller) join(ctx context.Context, key imageKey, m *manifest, b transfer
 	if err != nil {
 		return nil, err
 	}
-	if p.discards(m, b.Digest) {
-		return t.JoinDiscarding(ctx, string(key.manifest), b, sources...)
+	if !p.discards(m, b.Digest) {
+		return t.Join(ctx, string(key.manifest), b, sources...)
 	}
-	return t.Join(ctx, string(key.manifest), b, sources...)
+	h, err := t.JoinDiscarding(ctx, string(key.manifest), b, sources...)
+	if err != nil || !h.Spent() || p.unpackedFor(key.namespace, b) {
+		return h, err
+	}
+	// What was unpacked of it went since, with an image that was removed.
+	h.Abandon()
+	closeHandle(h)
+	return t.JoinDiscarding(ctx, string(key.manifest), b, sources...)
+}
+
+// unpackedFor says whether a blob's layer is there or on its way.
+func (p *Puller) unpackedFor(namespace string, b transfer.Blob) bool {
+	if p.running(p.unpackKey(namespace, b.Digest, b.Size)) != nil {
+		return true
+	}
+	_, err := p.layers.Lookup(b.Digest)
+	return err == nil
 }
 
 // sources are the places of a blob at all origins, at least one.
