@@ -39,7 +39,7 @@ func TestCorpus(t *testing.T) {
 			}
 			ways := bothWays
 			if len(c.Tars) > 100 {
-				ways = map[string][]string{"transfer": nil}
+				ways = oneWay
 			}
 			im, ref := push(t, r, r.Host(), fmt.Sprint("corpus", i), spec)
 			compareWays(t, ways, ours, theirs, im, ref, c.Except...)
@@ -197,7 +197,7 @@ func TestLargeDirectory(t *testing.T) {
 	const files = 100_000
 	r := newRegistry(t)
 	ours := newNode(t, harness.Options{})
-	theirs := newNode(t, harness.Options{Snapshotter: harness.Overlayfs})
+	theirs := newNode(t, harness.Options{Snapshotter: harness.Overlayfs, Root: harness.Tmpfs}) // ext4 takes long to forget that many files
 	if err := ours.AddRegistry("http", r.Host()); err != nil {
 		t.Fatal(err)
 	}
@@ -205,7 +205,7 @@ func TestLargeDirectory(t *testing.T) {
 		{Tar: verbatim(corpus.ManyFiles("d", files)), Compression: harness.Zstd},
 		{Tar: verbatim(corpus.ManyWhiteouts("d", files, 3)), Compression: harness.Zstd},
 	}})
-	compareTrees(t, ours, theirs, im, ref)
+	compareWays(t, oneWay, ours, theirs, im, ref)
 }
 
 // zeroFile writes the file of zeros as data.

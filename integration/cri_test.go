@@ -136,10 +136,7 @@ func TestCRI(t *testing.T) {
 		"discarding by both":    {keys: "discard_unpacked_layers = true", o: harness.Options{GantryExtra: discarding}},
 		"one layer after other": {unpack: 1},
 		"local pull":            {keys: "use_local_image_pull = true"},
-		"isolated": {o: harness.Options{
-			ContainerdKeys:  "content_sharing_policy = 'isolated'",
-			ContainerdExtra: "[plugins.'io.containerd.metadata.v1.bolt']\ncontent_sharing_policy = 'isolated'\n",
-		}},
+		"isolated":              {o: harness.Options{Isolated: true}},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()

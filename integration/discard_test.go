@@ -170,10 +170,14 @@ func TestDiscardWrites(t *testing.T) {
 // other, and its bytes are fetched again for that.
 func TestDiscard(t *testing.T) {
 	needGantry(t)
+	im, err := harness.Build(t.Context(), filepath.Join(t.TempDir(), "image"), small(1, 80<<20))
+	if err != nil {
+		t.Fatal(err)
+	}
 	for name, args := range map[string][]string{"transfer service": nil, "local": {"--local"}} {
 		t.Run(name, func(t *testing.T) {
 			n, r, p := setup(t, harness.Options{GantryExtra: discarding})
-			im, ref := push(t, r, p.Host(), "discard", small(1, 200<<20))
+			ref := pushAs(t, im, r, p.Host(), "discard")
 			pullDiscarding(t, n, im, ref, args...)
 			compressed := im.Size()
 			checkRegistryLog(t, r, im)

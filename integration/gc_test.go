@@ -159,15 +159,15 @@ func TestCollectionDoesNotWait(t *testing.T) {
 	if err := n.AddRegistry("http", r.Host()); err != nil {
 		t.Fatal(err)
 	}
-	big := im.Layers[2].Digest
+	big, over := im.Layers[2].Digest, make(chan struct{})
 	p.SetRule(func(req *http.Request) *harness.Fault {
 		switch {
 		case !strings.HasSuffix(req.URL.Path, big.String()):
 			return nil
 		case sentOf(p, big) < 1<<20:
-			return &harness.Fault{StallAfter: 1 << 20}
+			return &harness.Fault{StallAfter: 1 << 20, Until: over}
 		default:
-			return &harness.Fault{StallAfter: 1}
+			return &harness.Fault{StallAfter: 1, Until: over}
 		}
 	})
 	ctx, cancel := context.WithCancel(t.Context())
@@ -193,6 +193,7 @@ func TestCollectionDoesNotWait(t *testing.T) {
 		t.Error("the stalled pull succeeded")
 	}
 	p.SetRule(nil)
+	close(over) // gantry would wait longer than the test needs to
 	mustPull(t, n, "default", ref)
 	checkImage(t, n, "default", ref)
 }

@@ -2,6 +2,7 @@ package integration
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -22,6 +23,10 @@ var snapshotter = harness.Gantry
 
 // helper is the path of the program that test images run.
 var helper string
+
+// registries is where the registries of tests have what they store: in memory. That they would keep it through the loss
+// of power says nothing about gantry, and costs dozens of fsyncs an image.
+var registries string
 
 // started tells files that a test unpacked from files that an image dates.
 var started = time.Now()
@@ -44,6 +49,11 @@ func run(m *testing.M) int {
 		return 1
 	}
 	defer folder.Close()
+	registries = filepath.Join(folder.Path, "registries")
+	if err := harness.MountTmpfs(registries); err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		return 1
+	}
 	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Minute)
 	defer cancel()
 	if helper, err = harness.BuildHelper(ctx, folder.Path); err != nil {
@@ -74,6 +84,7 @@ func newNode(t *testing.T, o harness.Options) *harness.Node {
 	if o.Snapshotter == "" {
 		o.Snapshotter = snapshotter
 	}
+	o.NoSync = true // what is killed here is processes, never the machine
 	n, err := harness.StartNode(t.Context(), o)
 	if err != nil {
 		t.Fatal(err)
@@ -101,12 +112,16 @@ func logTails(t *testing.T, n *harness.Node) {
 // newRegistry starts a registry that ends with the test.
 func newRegistry(t *testing.T) *harness.Registry {
 	t.Helper()
-	r, err := harness.StartRegistry(t.Context(), t.TempDir())
+	dir, err := os.MkdirTemp(registries, "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	r, err := harness.StartRegistry(t.Context(), dir)
 	if err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() {
-		if err := r.Close(); err != nil {
+		if err := errors.Join(r.Close(), os.RemoveAll(dir)); err != nil {
 			t.Errorf("close registry: %v", err)
 		}
 	})
@@ -136,11 +151,17 @@ func push(t *testing.T, r *harness.Registry, host, repository string, spec harne
 	if err != nil {
 		t.Fatal(err)
 	}
+	return im, pushAs(t, im, r, host, repository)
+}
+
+// pushAs is push for an image that is there.
+func pushAs(t *testing.T, im *harness.Image, r *harness.Registry, host, repository string) string {
+	t.Helper()
 	ref, err := im.Push(t.Context(), r.Host(), repository, "test")
 	if err != nil {
 		t.Fatal(err)
 	}
-	return im, host + strings.TrimPrefix(ref, r.Host())
+	return host + strings.TrimPrefix(ref, r.Host())
 }
 
 // setup is what most tests need: a registry behind a proxy, and a node that knows it speaks plain HTTP.

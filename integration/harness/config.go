@@ -49,6 +49,10 @@ address = '{{.Dir}}/c.sock'
 [plugins.'io.containerd.server.v1.ttrpc']
 address = '{{.Dir}}/c.ttrpc'
 {{end}}
+[plugins.'io.containerd.metadata.v1.bolt']
+{{if .NoSync}}no_sync = true
+{{end}}{{if .Isolated}}content_sharing_policy = 'isolated'
+{{end}}
 [plugins.'io.containerd.internal.v1.opt']
 path = '{{.Dir}}/opt'
 
@@ -89,7 +93,8 @@ level = 'debug'
 
 [containerd]
 address = '{{.Dir}}/c.sock'
-{{.ContainerdKeys}}
+{{if .Isolated}}content_sharing_policy = 'isolated'
+{{end}}{{.ContainerdKeys}}
 [registry]
 config_path = '{{.Dir}}/certs.d'
 credentials = '{{.Dir}}/docker.json'
@@ -97,10 +102,13 @@ credentials = '{{.Dir}}/docker.json'
 
 type containerdValues struct {
 	Dir, DropIn, GCDelay, Line, Runc, Extra string
-	CRI, Erofs                              bool
+	CRI, Erofs, NoSync, Isolated            bool
 }
 
-type gantrydValues struct{ Dir, ContainerdKeys, Extra string }
+type gantrydValues struct {
+	Dir, ContainerdKeys, Extra string
+	Isolated                   bool
+}
 
 func render(t *template.Template, values any) ([]byte, error) {
 	var b bytes.Buffer

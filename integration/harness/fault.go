@@ -29,7 +29,9 @@ type Fault struct {
 	CutAfter       int64         // close the connection after so many bytes of the body
 	ResetAfter     int64         // the same with a RST, which also throws away what waits in the send buffer
 	StallAfter     int64         // send nothing more after so many bytes of the body, until the client goes
-	Corrupt        func(p []byte, off int64)
+	Until          <-chan struct{}
+	// ^ with StallAfter: or this is closed, which closes the connection
+	Corrupt func(p []byte, off int64)
 	// ^ change bytes on their way; off is p's position in the blob
 }
 
@@ -113,8 +115,12 @@ func (x *exchange) room(ctx context.Context, n int64) (int64, error) {
 	case n > 0:
 		return n, nil
 	case x.fault.StallAfter > 0 && x.sent >= x.fault.StallAfter:
-		<-ctx.Done()
-		return 0, context.Cause(ctx)
+		select {
+		case <-ctx.Done():
+			return 0, context.Cause(ctx)
+		case <-x.fault.Until:
+			return 0, errCut
+		}
 	case x.fault.ResetAfter > 0 && x.sent >= x.fault.ResetAfter:
 		return 0, errors.Join(errCut, connOf(ctx).SetLinger(0))
 	default:

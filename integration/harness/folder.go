@@ -44,6 +44,17 @@ func NewPrivateFolder() (*PrivateFolder, error) {
 	return &PrivateFolder{Path: dir, owner: f}, nil
 }
 
+// MountTmpfs makes a folder inside a private one and gives it a tmpfs, which goes with the private folder.
+func MountTmpfs(dir string) error {
+	if err := os.Mkdir(dir, 0o700); err != nil {
+		return err
+	}
+	if err := unix.Mount("tmpfs", dir, "tmpfs", 0, "size=2g"); err != nil {
+		return fmt.Errorf("mount a tmpfs at %s: %w", dir, err)
+	}
+	return nil
+}
+
 // Close sweeps the folder.
 func (f *PrivateFolder) Close() error { return errors.Join(Sweep(f.Path), f.owner.Close()) }
 

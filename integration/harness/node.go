@@ -41,7 +41,9 @@ type Options struct {
 	GantryExtra     string // TOML after gantryd's configuration
 	GCDelay         time.Duration
 	DiskMiB         int      // gantryd's root is an ext4 file system of this size; 0: a folder like any other
-	Root            string   // of gantryd's root: Tmpfs, Overlay, or "" for the disk's
+	Root            string   // of gantryd's root, else containerd's: Tmpfs, Overlay (gantryd only), or "" for the disk's
+	NoSync          bool     // containerd's database leaves it to the kernel when to write; older lines know no such thing
+	Isolated        bool     // namespaces do not share content
 	Env             []string // for containerd
 }
 
@@ -110,6 +112,7 @@ func (n *Node) start(ctx context.Context) error {
 	config, err := render(containerdConfig, containerdValues{
 		Dir: n.Dir, DropIn: n.dropIn(), GCDelay: n.options.GCDelay.String(), CRI: n.options.CRI,
 		Line: n.options.Line, Runc: n.options.Runc, Erofs: n.Snapshotter == Erofs, Extra: n.options.ContainerdExtra,
+		NoSync: n.options.NoSync && n.options.Line == "", Isolated: n.options.Isolated,
 	})
 	if err != nil {
 		return err
@@ -139,19 +142,22 @@ func (n *Node) mountDisk(ctx context.Context) error {
 	return nil
 }
 
-// mountRoot mounts a file system at gantryd's root.
+// mountRoot mounts a file system at gantryd's root, or at containerd's.
 func (n *Node) mountRoot() error {
+	if n.Snapshotter != Gantry {
+		return MountTmpfs(n.path("containerd"))
+	}
+	if n.options.Root == Tmpfs {
+		return MountTmpfs(n.path("gantry"))
+	}
 	root, disk := n.path("gantry"), n.path("below")
 	for _, dir := range []string{root, disk, disk + "/lower", disk + "/upper", disk + "/work"} {
 		if err := os.Mkdir(dir, 0o700); err != nil {
 			return err
 		}
 	}
-	data := "size=1g"
-	if n.options.Root == Overlay {
-		data = fmt.Sprintf("lowerdir=%[1]s/lower,upperdir=%[1]s/upper,workdir=%[1]s/work", disk)
-	}
-	return unix.Mount(n.options.Root, root, n.options.Root, 0, data)
+	data := fmt.Sprintf("lowerdir=%[1]s/lower,upperdir=%[1]s/upper,workdir=%[1]s/work", disk)
+	return unix.Mount(Overlay, root, Overlay, 0, data)
 }
 
 func (n *Node) path(name string) string { return filepath.Join(n.Dir, name) }
@@ -166,7 +172,7 @@ func (n *Node) dropIn() string {
 
 // configureGantryd writes gantryd's file, and the drop-in that `gantry config containerd` makes of it.
 func (n *Node) configureGantryd(ctx context.Context) error {
-	config, err := render(gantrydConfig, gantrydValues{n.Dir, n.options.ContainerdKeys, n.options.GantryExtra})
+	config, err := render(gantrydConfig, gantrydValues{n.Dir, n.options.ContainerdKeys, n.options.GantryExtra, n.options.Isolated})
 	if err != nil {
 		return err
 	}
@@ -316,9 +322,17 @@ func (n *Node) Pull(ctx context.Context, namespace, ref string, args ...string) 
 	return out, err
 }
 
-// Run runs a command in a new container of the image and returns its output.
+// Run runs a command in a new container of the image and returns its output, errors included. It comes by way of a
+// file: of a container that ends before ctr has opened its pipes, ctr prints nothing.
 func (n *Node) Run(ctx context.Context, namespace, ref, id string, args ...string) (string, error) {
-	return n.Ctr(ctx, namespace, n.runArgs([]string{"--rm"}, ref, id, args)...)
+	log := n.path("logs/run-" + id)
+	_, err := n.Ctr(ctx, namespace, n.runArgs([]string{"--rm", "--log-uri", "file://" + log}, ref, id, args)...)
+	out, rerr := os.ReadFile(log)
+	_ = os.Remove(log)
+	if err != nil {
+		return string(out), fmt.Errorf("%w: %s", err, out)
+	}
+	return string(out), rerr
 }
 
 // RunDetached starts a container that goes on; [Node.Exec] looks into it.

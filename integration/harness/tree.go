@@ -37,7 +37,7 @@ type FileTree map[string]TreeEntry
 
 // WalkTree reads all of the tree at root.
 func WalkTree(root string) (FileTree, error) {
-	tree, groups := FileTree{}, map[[2]uint64]string{}
+	tree, groups, buf := FileTree{}, map[[2]uint64]string{}, &walkBuffers{}
 	err := filepath.WalkDir(root, func(path string, _ fs.DirEntry, err error) error {
 		if err != nil {
 			return err
@@ -46,7 +46,7 @@ func WalkTree(root string) (FileTree, error) {
 		if err != nil {
 			return err
 		}
-		e, err := readEntry(path, rel, groups)
+		e, err := buf.readEntry(path, rel, groups)
 		if errors.Is(err, fs.ErrNotExist) {
 			e, err = TreeEntry{Ghost: true}, nil
 		}
@@ -59,21 +59,26 @@ func WalkTree(root string) (FileTree, error) {
 	return tree, err
 }
 
-func readEntry(path, rel string, groups map[[2]uint64]string) (TreeEntry, error) {
+// walkBuffers are made once a walk: their size is that of all a file may have, and most files have none.
+type walkBuffers struct {
+	names, value, data [64 << 10]byte
+}
+
+func (b *walkBuffers) readEntry(path, rel string, groups map[[2]uint64]string) (TreeEntry, error) {
 	var st unix.Stat_t
 	if err := unix.Lstat(path, &st); err != nil {
 		return TreeEntry{}, err
 	}
 	e := TreeEntry{Mode: st.Mode, UID: st.Uid, GID: st.Gid, Mtime: time.Unix(st.Mtim.Unix()).UTC()}
 	var err error
-	if e.Xattrs, err = xattrs(path); err != nil {
+	if e.Xattrs, err = b.xattrs(path); err != nil {
 		return e, err
 	}
 	kind := st.Mode & unix.S_IFMT
 	switch kind {
 	case unix.S_IFREG:
 		e.Size = st.Size
-		e.Sum, err = sumFile(path)
+		e.Sum, err = b.sumFile(path)
 	case unix.S_IFLNK:
 		e.Size = st.Size
 		e.Target, err = os.Readlink(path)
@@ -91,14 +96,14 @@ func readEntry(path, rel string, groups map[[2]uint64]string) (TreeEntry, error)
 	return e, err
 }
 
-func sumFile(path string) (string, error) {
+func (b *walkBuffers) sumFile(path string) (string, error) {
 	f, err := os.Open(path)
 	if err != nil {
 		return "", err
 	}
 	defer f.Close()
 	h := sha256.New()
-	if _, err := io.Copy(h, f); err != nil {
+	if _, err := io.CopyBuffer(h, struct{ io.Reader }{f}, b.data[:]); err != nil {
 		return "", err
 	}
 	return hex.EncodeToString(h.Sum(nil)), nil
@@ -106,23 +111,21 @@ func sumFile(path string) (string, error) {
 
 // xattrs reads all extended attributes, of a link its own. The namespace of
 // overlayfs is left out: it tells how layers are joined, and is the snapshotter's own.
-func xattrs(path string) (map[string]string, error) {
-	names := make([]byte, 64<<10)
-	n, err := unix.Llistxattr(path, names)
+func (b *walkBuffers) xattrs(path string) (map[string]string, error) {
+	n, err := unix.Llistxattr(path, b.names[:])
 	if err != nil || n == 0 {
 		return nil, err
 	}
 	all := map[string]string{}
-	value := make([]byte, 64<<10)
-	for name := range bytes.SplitSeq(bytes.TrimSuffix(names[:n], []byte{0}), []byte{0}) {
+	for name := range bytes.SplitSeq(bytes.TrimSuffix(b.names[:n], []byte{0}), []byte{0}) {
 		if strings.HasPrefix(string(name), "trusted.overlay.") {
 			continue
 		}
-		n, err := unix.Lgetxattr(path, string(name), value)
+		n, err := unix.Lgetxattr(path, string(name), b.value[:])
 		if err != nil {
 			return nil, fmt.Errorf("xattr %s: %w", name, err)
 		}
-		all[string(name)] = string(value[:n])
+		all[string(name)] = string(b.value[:n])
 	}
 	return all, nil
 }
