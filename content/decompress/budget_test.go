@@ -16,6 +16,8 @@ import (
 	"github.com/klauspost/compress/gzip"
 	"github.com/klauspost/compress/zstd"
 	"github.com/pierrec/lz4/v4"
+
+	"github.com/gantryd/gantry/integration/short"
 )
 
 // windowed is a frame that needs a window of that many bytes.
@@ -70,14 +72,15 @@ func TestBudgetSharedByMany(t *testing.T) {
 // TestScarceMemoryGivesTheSameBytes leaves the readers with their minimum only.
 func TestScarceMemoryGivesTheSameBytes(t *testing.T) {
 	t.Parallel()
-	data := sample(6 << 20)
+	n := short.Size(1<<20, 1<<18)
+	data := sample(6 * n)
 	for name, in := range map[string][]byte{
-		"frames":      join(zst(t, data[:3<<20]), streamed(t, data[3<<20:3<<20+9]), streamed(t, data[3<<20+9:5<<20]), zst(t, data[5<<20:])),
-		"small first": join(zst(t, data[:100]), zst(t, data[100:5<<20]), streamed(t, data[5<<20:5<<20+50]), streamed(t, data[5<<20+50:])),
+		"frames":      join(zst(t, data[:3*n]), streamed(t, data[3*n:3*n+9]), streamed(t, data[3*n+9:5*n]), zst(t, data[5*n:])),
+		"small first": join(zst(t, data[:100]), zst(t, data[100:5*n]), streamed(t, data[5*n:5*n+50]), streamed(t, data[5*n+50:])),
 		"gzip":        gz(t, data, gzip.Header{}),
 		"independent": lz(t, data, lz4.BlockSizeOption(lz4.Block4Mb)),
 		"linked":      linkedFrame(data),
-		"apple":       apple(data, 5<<20),
+		"apple":       apple(data, 5*n),
 	} {
 		for _, workers := range []int{1, 2, 8} {
 			t.Run(fmt.Sprintf("%s/%d", name, workers), func(t *testing.T) {
@@ -166,7 +169,7 @@ func hoard(ctx context.Context, in []byte, b *Budget) error {
 // are paid for.
 func TestBlocksOutliveTheReader(t *testing.T) {
 	t.Parallel()
-	data := sample(5 << 20)
+	data := sample(short.Size(5, 2) << 20)
 	for name, in := range map[string][]byte{"tar": data, "frames": join(zst(t, data[:1<<20]), zst(t, data[1<<20:])), "lz4": lz(t, data), "apple": apple(data, 64<<10), "gzip": gz(t, data, gzip.Header{})} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()

@@ -6,6 +6,8 @@ import (
 	"io"
 	"testing"
 	"testing/iotest"
+
+	"github.com/gantryd/gantry/integration/short"
 )
 
 // echoes is noise in stored blocks, with coded blocks between that copy from the
@@ -80,7 +82,7 @@ func TestDirectDamage(t *testing.T) {
 		}
 	}
 	for _, at := range []int{2*block + headerSize, 3*block + headerSize - 70, len(in) - 12, len(in) - 4} {
-		for i := at - 7; i < at+7 && i < len(in); i++ {
+		for i := at - 7; i < at+7 && i < len(in); i += short.Size(1, 3) {
 			check("cut", func() io.Reader { return bytes.NewReader(in[:i]) })
 			failing := errors.New("failing")
 			check("fails", func() io.Reader { return io.MultiReader(bytes.NewReader(in[:i]), iotest.ErrReader(failing)) })

@@ -7,6 +7,8 @@ import (
 	"math/rand/v2"
 	"slices"
 	"testing"
+
+	"github.com/gantryd/gantry/integration/short"
 )
 
 const fuzzOutput = 1 << 18
@@ -104,7 +106,7 @@ func TestMutated(t *testing.T) {
 	t.Parallel()
 	r := rand.New(rand.NewPCG(17, 19))
 	for _, s := range seeds() {
-		for range 15 {
+		for range short.Size(15, 3) {
 			raw := mutate(r, s)
 			verdict(t, raw, len(raw)+1, 1<<16)
 			verdict(t, raw, 1+r.IntN(200), 1+r.IntN(2000))
@@ -168,7 +170,7 @@ func TestMarkedMutated(t *testing.T) {
 	r := rand.New(rand.NewPCG(23, 29))
 	window := corpus(windowSize)["noise"]
 	for _, s := range seeds() {
-		for range 3 {
+		for range short.Size(3, 1) {
 			bothWays(t, mutate(r, s), window, r.IntN(3000))
 		}
 	}

@@ -4,6 +4,8 @@ import (
 	"math/bits"
 	"math/rand/v2"
 	"testing"
+
+	"github.com/gantryd/gantry/integration/short"
 )
 
 // randomCode is the code lengths of a complete code of n symbols; deep makes long codes likely.
@@ -47,7 +49,7 @@ func canonical(lens []uint8) []uint16 {
 func TestTables(t *testing.T) {
 	t.Parallel()
 	r := rand.New(rand.NewPCG(31, 37))
-	for round := range 800 {
+	for round := range short.Size(800, 80) {
 		var f inflater
 		f.t = &f.own
 		lit := randomCode(r, 257+r.IntN(30), round%2 == 0)
