@@ -236,7 +236,8 @@ func (m *Manager) Repair(d Damage) (done bool, err error) {
 }
 
 // Distrust has the next Join of a blob read what is on disk again before it believes it: a file that was verified in this
-// process may have rotted since.
+// process may have rotted since. That Join waits for no handle of a finished transfer: what they read is the old file,
+// whatever takes its place.
 func (m *Manager) Distrust(d digest.Digest) error {
 	names, err := m.folders(d)
 	for _, name := range names {
@@ -249,6 +250,7 @@ func (m *Manager) Distrust(d digest.Digest) error {
 		case <-j.done: // its waiters know, whether it is settled or not
 			if j.blob.Digest == d {
 				m.drop(j)
+				err = errors.Join(err, j.letGo())
 			}
 		default:
 		}

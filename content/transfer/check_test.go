@@ -2,6 +2,7 @@ package transfer
 
 import (
 	"context"
+	"errors"
 	"hash/crc32"
 	"io"
 	"io/fs"
@@ -10,6 +11,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"time"
 
 	"github.com/containerd/log"
 	"github.com/opencontainers/go-digest"
@@ -144,17 +146,17 @@ func TestCheckPartial(t *testing.T) {
 }
 
 // A finished blob that rots after it was verified in this process is found, and not believed any more, be it that the
-// transfer's goroutine has not yet settled what its waiters know.
+// transfer's goroutine has not yet settled what its waiters know, or that somebody still has a handle.
 func TestCheckFinished(t *testing.T) {
 	t.Parallel()
-	for name, late := range map[string]bool{"settled": false, "not settled": true} {
+	for name, tc := range map[string]struct{ late, held bool }{"settled": {}, "not settled": {late: true}, "held": {held: true}} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			data, b := randomBlob(32, 3*blockSize+100)
 			m := newManager(t, t.TempDir(), Options{})
 			src := &fakeSource{host: "a", data: data}
 			ctx, settle := t.Context(), func() {}
-			if late {
+			if tc.late {
 				ctx, settle = heldAtItsEnd(ctx)
 				t.Cleanup(settle)
 			}
@@ -163,7 +165,9 @@ func TestCheckFinished(t *testing.T) {
 				t.Fatal(err)
 			}
 			wait(t, h)
-			if err := h.Close(); err != nil {
+			if old := h; tc.held {
+				t.Cleanup(func() { _ = old.Close() })
+			} else if err := h.Close(); err != nil {
 				t.Fatal(err)
 			}
 			before, err := os.Stat(dataPath(m, b))
@@ -183,7 +187,11 @@ func TestCheckFinished(t *testing.T) {
 			_, first := src.stats()
 			h = join(t, m, b, src)
 			settle()
-			wait(t, h)
+			within, cancel := context.WithTimeoutCause(t.Context(), 30*time.Second, errors.New("it waits for the handle"))
+			defer cancel()
+			if err := h.Wait(within); err != nil {
+				t.Fatal(err)
+			}
 			if got, err := readAll(t, h); err != nil || string(got) != string(data) {
 				t.Errorf("%d bytes, %v", len(got), err)
 			}

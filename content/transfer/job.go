@@ -245,8 +245,22 @@ func (j *job) retire() error {
 	if j.folder != nil && j.folder.data != nil {
 		err = j.folder.data.Close()
 	}
-	if j.hold != nil {
-		err = errors.Join(err, j.hold.lock.Close())
+	return errors.Join(err, j.unlock())
+}
+
+// letGo gives the lock of a finished job back though somebody may have a handle of it.
+func (j *job) letGo() error {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	return j.unlock()
+}
+
+// unlock is letGo with mu held.
+func (j *job) unlock() error {
+	if j.hold == nil {
+		return nil
 	}
-	return err
+	l := j.hold.lock
+	j.hold = nil
+	return l.Close()
 }
