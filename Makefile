@@ -42,14 +42,14 @@ test: test-unit test-integration ## run all tests (root)
 # With the race detector tests are shorter (-short), or left out; these packages have such tests.
 SHORTER = $$(grep -rlE --include='*_test.go' 'short\.Size|testing\.Short|go:build !race' cmd content plugin snapshotter | xargs -n 1 dirname | sort -ur | sed 's|^|./|')
 
-# The last by name, the snapshotter's, take longest and mostly wait, for disks: they begin first, and more than one package a
-# processor is tested at once.
+# The last by name, the snapshotter's, take longest and often wait for disks: they begin first, and one package more than
+# there are processors is tested at once. With two more the longest would be held up.
 UNIT = $$(go list ./... | grep -v /integration | sort -r)
 
 .PHONY: test-unit
 test-unit: prerequisites ## run the tests beside the code (RACE=1: and with the race detector)
-	$(if $(RACE),go test -race -short -p 4 -timeout 10m $(UNIT))
-	go test -p 4 -timeout 10m $(if $(RACE),$(SHORTER),$(UNIT))
+	$(if $(RACE),go test -race -short -p 3 -timeout 20m $(UNIT))
+	go test -p 3 -timeout 20m $(if $(RACE),$(SHORTER),$(UNIT))
 
 .PHONY: test-integration
 test-integration: build peers prerequisites ## run the tests against containerd, runc and a registry (RUN=regexp)
