@@ -5,14 +5,14 @@ import (
 	"runtime/metrics"
 )
 
-// spare says whether this process leaves a processor idle: there are no more goroutines that run, wait for a processor
-// or are in the kernel (where the writers of layers are) than processors. It takes some 100 ns. The caller, which
-// runs, is one of them, so on two processors the stream's own chain may run beside it and nothing else.
+// spare says whether this process leaves a processor idle: no more goroutines run or wait to run than there are processors.
+// The caller, which runs, is one of them, so on two processors the stream's own chain may run beside it and nothing else.
+// Those in the kernel are not counted, though some are busy there: others wait for good, as the one that receives signals
+// does, and nothing tells them apart. It takes some 100 ns.
 func spare() bool {
 	samples := []metrics.Sample{
 		{Name: "/sched/goroutines/running:goroutines"},
 		{Name: "/sched/goroutines/runnable:goroutines"},
-		{Name: "/sched/goroutines/not-in-go:goroutines"},
 	}
 	metrics.Read(samples)
 	var busy uint64

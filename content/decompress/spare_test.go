@@ -1,6 +1,8 @@
 package decompress
 
 import (
+	"os"
+	"os/signal"
 	"runtime"
 	"sync/atomic"
 	"testing"
@@ -9,8 +11,12 @@ import (
 
 // TestSpare fails too where the runtime no longer counts what spare asks for.
 func TestSpare(t *testing.T) { //nolint:paralleltest // counts what the process runs
+	signals := make(chan os.Signal, 1)
+	signal.Notify(signals, os.Interrupt) // has a goroutine wait in the kernel, as in gantryd
+	defer signal.Stop(signals)
 	var stop atomic.Bool
-	for range runtime.GOMAXPROCS(0) {
+	defer stop.Store(true)
+	burn := func() {
 		go func() {
 			for !stop.Load() {
 			}
@@ -26,6 +32,11 @@ func TestSpare(t *testing.T) { //nolint:paralleltest // counts what the process 
 		}
 		t.Errorf("spare: %v, with %d processors", !want, runtime.GOMAXPROCS(0))
 	}
+	for range runtime.GOMAXPROCS(0) - 1 { // and this one
+		burn()
+	}
+	wait(true)
+	burn()
 	wait(false)
 	stop.Store(true)
 	wait(true)
