@@ -48,12 +48,16 @@ func (g growth) exceeds(before growth) error {
 	return nil
 }
 
-// lingers is how long gantryd goes on with what nobody waits for any more, and then some.
-const lingers = time.Minute
+const (
+	// lingers is how long gantryd goes on with what nobody waits for any more, and then some.
+	lingers = time.Minute
+	// connected is how long it keeps connections to registries that it does not use, and then some.
+	connected = 100 * time.Second
+)
 
-// idle collects garbage, waits until gantryd has given up what nobody waits for, and asks what it takes. The answers themselves make the garbage
-// that has Go collect its own.
-func (s *soak) idle(ctx context.Context) (_ growth, err error) {
+// idle collects garbage, waits until gantryd has given up what nobody waits for, and asks what it takes. If that is more
+// than before, where there is one, connections may not have been closed yet: then it waits for these, too.
+func (s *soak) idle(ctx context.Context, before growth) (_ growth, err error) {
 	if err := s.node.CollectGarbage(ctx); err != nil {
 		return growth{}, err
 	}
@@ -62,15 +66,26 @@ func (s *soak) idle(ctx context.Context) (_ growth, err error) {
 		return growth{}, err
 	}
 	defer func() { err = errors.Join(err, conn.Close()) }()
-	var g growth
-	for until := time.Now().Add(lingers); time.Now().Before(until); pause(ctx, time.Second) {
-		if g, err = ask(ctx, conn); err != nil {
+	began := time.Now()
+	for ; time.Since(began) < lingers; pause(ctx, time.Second) {
+		g, err := ask(ctx, conn)
+		if err != nil {
 			return g, err
 		}
 		if g.lingering == 0 {
 			break
 		}
 	}
+	for ; ; pause(ctx, time.Second) {
+		g, err := collected(ctx, conn)
+		if err != nil || before == (growth{}) || g.exceeds(before) == nil || time.Since(began) > connected || ctx.Err() != nil {
+			return g, err
+		}
+	}
+}
+
+// collected asks until gantryd's memory was collected. The answers themselves make the garbage that has Go do that.
+func collected(ctx context.Context, conn *grpc.ClientConn) (g growth, err error) {
 	first := int64(-1)
 	for range 100_000 {
 		if g, err = ask(ctx, conn); err != nil {

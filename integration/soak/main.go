@@ -112,7 +112,7 @@ func (s *soak) soak(ctx context.Context) error {
 		if err := s.phase(ctx, share(quietShare), int(quietShare*float64(s.least))); err != nil {
 			return fmt.Errorf("without kills: %w", err)
 		}
-		if *g, err = s.idle(ctx); err != nil {
+		if *g, err = s.idle(ctx, before); err != nil {
 			return err
 		}
 		files, err := openFiles(s.node.Gantryd().PID())
