@@ -48,8 +48,8 @@ UNIT = $$(go list ./... | grep -v /integration | sort -r)
 
 .PHONY: test-unit
 test-unit: prerequisites ## run the tests beside the code (RACE=1: and with the race detector)
-	$(if $(RACE),go test -race -short -p 3 -timeout 20m $(UNIT))
-	go test -p 3 -timeout 20m $(if $(RACE),$(SHORTER),$(UNIT))
+	$(if $(RACE),go test -count=1 -race -short -p 3 -timeout 20m $(UNIT))
+	go test -count=1 -p 3 -timeout 20m $(if $(RACE),$(SHORTER),$(UNIT))
 
 .PHONY: test-integration
 test-integration: build peers prerequisites ## run the tests against containerd, runc and a registry (RUN=regexp)
