@@ -16,6 +16,8 @@ import (
 	"github.com/containerd/containerd/v2/plugins/snapshots/overlay"
 	"github.com/containerd/errdefs"
 	digest "github.com/opencontainers/go-digest"
+
+	"github.com/gantryd/gantry/integration/short"
 )
 
 // inUserNamespace asks for a snapshot as clients do for a container in a user namespace.
@@ -184,7 +186,7 @@ func TestIDMappedWithoutParent(t *testing.T) {
 func TestIDMappedOver128Layers(t *testing.T) {
 	r := newRig(t, ModeFile)
 	var layers [][]byte
-	for i := range 128 {
+	for i := range short.Size(128, 24) {
 		layers = append(layers, makeTar(t, reg(fmt.Sprint("f", i), "x")))
 	}
 	mounts, err := r.Prepare(t.Context(), "container", r.pull(t, unpacks[0], "x", "", layers...), inUserNamespace)

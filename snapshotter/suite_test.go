@@ -19,6 +19,9 @@ func TestSuite(t *testing.T) {
 		"auto": {}, "loop": {Mount: ModeLoop}, "directory": {Mount: ModeDirectory},
 		"upper files": {Upper: UpperFile, UpperSize: 64 << 20},
 	} {
+		if testing.Short() && name != "auto" {
+			continue // one client, nearly all of the time
+		}
 		t.Run(name, func(t *testing.T) {
 			testsuite.SnapshotterSuite(t, "overlayfs", func(ctx context.Context, root string) (snapshots.Snapshotter, func() error, error) {
 				layers, err := layer.Open(filepath.Join(root, "layers"), layer.Options{})
