@@ -128,21 +128,21 @@ func attachLoop(ctx context.Context, file string, kind loopKind) (*os.File, erro
 	}
 	defer control.Close()
 	for range loopAttempts {
-		dev, err := tryLoop(control, backing, kind)
-		if err == nil {
+		var dev *os.File
+		if dev, err = tryLoop(control, backing, kind); err == nil {
 			return dev, nil
 		}
-		if !errors.Is(err, unix.EBUSY) {
-			return nil, fmt.Errorf("loop device for %s: %w", file, err)
+		// Another process may take the free device first, or remove it.
+		if !errors.Is(err, unix.EBUSY) && !errors.Is(err, unix.ENXIO) && !errors.Is(err, unix.ENOENT) {
+			break
 		}
-		// Another process took the free device first.
 		select {
 		case <-time.After(loopPause):
 		case <-ctx.Done():
 			return nil, context.Cause(ctx)
 		}
 	}
-	return nil, fmt.Errorf("loop device for %s: none stays free: %w", file, errdefs.ErrUnavailable)
+	return nil, fmt.Errorf("loop device for %s: %w", file, err)
 }
 
 func tryLoop(control, backing *os.File, kind loopKind) (*os.File, error) {

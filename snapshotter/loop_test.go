@@ -1,11 +1,14 @@
 package snapshotter
 
 import (
+	"context"
 	"os"
 	"path/filepath"
+	"sync"
 	"testing"
 
 	"github.com/containerd/errdefs"
+	"golang.org/x/sys/unix"
 )
 
 // TestLoopStaysWithItsFile: a device that is found by its file is that file's until it is used, though the last other
@@ -61,5 +64,42 @@ func TestMendLeavesLoopsOfOthers(t *testing.T) {
 	defer dev.Close()
 	if did, err := r.Mend(t.Context(), Flaw{Part: PartLoop, Path: dev.Name()}); !errdefs.IsFailedPrecondition(err) {
 		t.Errorf("got %q, %v, want ErrFailedPrecondition", did, err)
+	}
+}
+
+// TestLoopRemovedMeanwhile attaches files while somebody removes every device that nothing uses, as `losetup --remove` does.
+func TestLoopRemovedMeanwhile(t *testing.T) {
+	control, err := os.OpenFile(loopControl, os.O_RDWR, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	var removers sync.WaitGroup
+	for range 8 {
+		removers.Go(func() {
+			for ctx.Err() == nil {
+				if n, err := unix.IoctlRetInt(int(control.Fd()), unix.LOOP_CTL_GET_FREE); err == nil {
+					_ = unix.IoctlSetInt(int(control.Fd()), unix.LOOP_CTL_REMOVE, n)
+				}
+			}
+		})
+	}
+	defer func() {
+		cancel()
+		removers.Wait()
+		_ = control.Close()
+	}()
+	path := filepath.Join(t.TempDir(), "file")
+	if err := os.WriteFile(path, make([]byte, 1<<16), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for range 1000 {
+		dev, err := attachLoop(t.Context(), path, upperLoop)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := dev.Close(); err != nil {
+			t.Error(err)
+		}
 	}
 }

@@ -21,6 +21,7 @@ const (
 	readLarge  = 1_000_000_000 // bytes of the one large file
 	readSmall  = 15_000        // files of source code
 	readFaults = 40_000        // pages of the large file touched through mmap
+	readTimes  = 3             // measurements of each in a round: a single one varies by half here
 )
 
 // read is how long reading an image's files takes, beside overlayfs on the same disk: sequentially and through mmap in
@@ -30,13 +31,14 @@ func (b *bench) read(ctx context.Context) error {
 		{Tar: harness.Sources("usr", 41, 200e6, readSmall)},
 		{Tar: harness.Random("model", 42, readLarge, 1), Compression: harness.GzipFast},
 	}}
+	buf := make([]byte, 1<<20)
 	patterns := []struct {
 		name string
 		read func(root string) error
 	}{
-		{"1 GB from its begin to its end", func(root string) error { return readFile(filepath.Join(root, "model/000")) }},
+		{"1 GB from its begin to its end", func(root string) error { return readFile(filepath.Join(root, "model/000"), buf) }},
 		{"1 GB, random pages through mmap", func(root string) error { return faultPages(filepath.Join(root, "model/000")) }},
-		{"15,000 small files", func(root string) error { return readTree(filepath.Join(root, "usr")) }},
+		{"15,000 small files", func(root string) error { return readTree(filepath.Join(root, "usr"), buf) }},
 	}
 	return b.beside(ctx, spec, []kind{gantry, overlayfs}, func(nodes []sideNode) error {
 		return withRoots(ctx, nodes, nil, func(roots map[string]string) error {
@@ -46,7 +48,7 @@ func (b *bench) read(ctx context.Context) error {
 					if cold {
 						name = p.name + ", cold"
 					}
-					err := b.duel(name, nodes, 1, func(n sideNode) (time.Duration, error) {
+					err := b.duel(name, nodes, readTimes, func(n sideNode) (time.Duration, error) {
 						if cold {
 							if err := coldCache(""); err != nil {
 								return 0, err
@@ -83,13 +85,12 @@ func withRoots(ctx context.Context, nodes []sideNode, roots map[string]string, d
 	})
 }
 
-func readFile(name string) error {
+func readFile(name string, buf []byte) error {
 	f, err := os.Open(name)
 	if err != nil {
 		return err
 	}
 	defer f.Close()
-	buf := make([]byte, 1<<20)
 	for {
 		if _, err := f.Read(buf); errors.Is(err, io.EOF) {
 			return nil
@@ -123,11 +124,11 @@ func faultPages(name string) (err error) {
 	return nil
 }
 
-func readTree(root string) error {
+func readTree(root string, buf []byte) error {
 	return filepath.WalkDir(root, func(path string, d fs.DirEntry, err error) error {
 		if err != nil || !d.Type().IsRegular() {
 			return err
 		}
-		return readFile(path)
+		return readFile(path, buf)
 	})
 }
