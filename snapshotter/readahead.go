@@ -19,8 +19,8 @@ import (
 //	random      1.79   1.24   1.13   0.97   1.00   1.16
 //
 // Above 1024 the layer's read-ahead and that of the file below it hinder each other at times. 15,000 small files take the same
-// with 128 and 1024, 0.6 s. With the option directio, which saves the second copy of the bytes in the page cache, large files
-// are as fast, and small ones take 2.1 s.
+// with 128 and 1024, 0.6 s. With the option directio, which saves the second copy of the bytes in the page cache, and 8192 large
+// files are as fast as ext4's; small ones take 1.8 s, and what a pull has just written is read from the disk.
 const readAhead = 1024
 
 // bdiClass is where the kernel shows the settings of what it reads from, mounts from files among it (sysfs-class-bdi).
