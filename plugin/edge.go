@@ -130,13 +130,19 @@ func leave(ctx context.Context, panicked any, err error) error {
 	if err == nil {
 		return nil
 	}
-	// Details carry the parts of a joined error, and containerd's clients print
-	// the parts in place of the message: only the message is for people.
-	if s, ok := status.FromError(errgrpc.ToGRPC(err)); ok {
-		err = status.Error(s.Code(), s.Message())
-	}
+	err = toStatus(err)
 	log.G(ctx).WithError(err).Debug("call failed")
 	return err
+}
+
+// toStatus keeps an error's code and message. errgrpc would add details, which
+// carry the parts of a joined error: containerd's clients print the parts in
+// place of the message, and not every error stands being taken apart.
+func toStatus(err error) error {
+	if s, ok := status.FromError(err); ok {
+		return status.Error(s.Code(), s.Message())
+	}
+	return status.Error(status.Code(errgrpc.ToGRPC(errdefs.Resolve(err))), err.Error())
 }
 
 // streamWithContext is a stream whose calls run in another context than the

@@ -77,7 +77,18 @@ func TestEdge(t *testing.T) {
 		"sentinel": {func(context.Context) (*status.Report, error) {
 			return nil, fmt.Errorf("blob x: %w", errdefs.ErrNotFound)
 		}, codes.NotFound, "blob x"},
-		"panic": {func(context.Context) (*status.Report, error) { panic("oh no") }, codes.Internal, "oh no"},
+		// errgrpc does not stand an Unwrap that returns nil, as net.DNSError's does, in an error that wraps several.
+		"host without an address": {func(context.Context) (*status.Report, error) {
+			return nil, fmt.Errorf("%w: %w", errdefs.ErrUnavailable, &net.DNSError{Err: "no such host", Name: "x", IsNotFound: true})
+		}, codes.Unavailable, "no such host"},
+		"canceled": {func(context.Context) (*status.Report, error) {
+			return nil, fmt.Errorf("blob x: %w", context.Canceled)
+		}, codes.Canceled, "blob x"},
+		"status": {func(context.Context) (*status.Report, error) {
+			return nil, fmt.Errorf("blob x: %w", grpcstatus.Error(codes.NotFound, "gone"))
+		}, codes.NotFound, "blob x: "},
+		"unknown": {func(context.Context) (*status.Report, error) { return nil, errors.New("blob x") }, codes.Unknown, "blob x"},
+		"panic":   {func(context.Context) (*status.Report, error) { panic("oh no") }, codes.Internal, "oh no"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()

@@ -165,8 +165,10 @@ func transportError(ctx context.Context, err error) error {
 	return fmt.Errorf("%w: %w", kind, quiet{err})
 }
 
-// quiet is an error whose text may quote a host.
+// quiet is an error whose text may quote a host. It has no Unwrap: containerd's
+// errgrpc would go on to a net.DNSError, whose Unwrap returns nil, and panic.
 type quiet struct{ error }
 
-func (q quiet) Error() string { return clean(q.error.Error()) }
-func (q quiet) Unwrap() error { return q.error }
+func (q quiet) Error() string        { return clean(q.error.Error()) }
+func (q quiet) Is(target error) bool { return errors.Is(q.error, target) }
+func (q quiet) As(target any) bool   { return errors.As(q.error, target) }
