@@ -76,6 +76,7 @@ type job struct {
 	overtaken  int  // connections that were ended because they brought nothing
 	lastErr    error
 	rate       meter
+	best       float64 // the pace of the fastest host at its best
 	firstByte  time.Time
 	lastByte   time.Time
 	finished   time.Time

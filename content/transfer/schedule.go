@@ -338,6 +338,7 @@ func (j *job) end(ctx context.Context, c *conn, got int64, err error) error {
 	j.open--
 	if n := c.got - c.since; n >= blockSize {
 		j.shared.hosts.brought(src.host.shared, n, time.Since(c.mark))
+		j.best = max(j.best, j.fastest())
 	}
 	var local *localError
 	if errors.As(err, &local) {

@@ -101,7 +101,9 @@ const (
 )
 
 // clock keeps the pace of a connection that brought n bytes. One that trickles while others were far faster has
-// stalled: another try has a chance to be better. A link that is slow for all is left alone. Called with mu held.
+// stalled: another try has a chance to be better. A link that always was slow is left alone. One that trickles by any
+// measure is held against the best there was: where nobody else brings anything, the hosts' pace is what it brings.
+// Called with mu held.
 func (j *job) clock(c *conn, n int64) {
 	now := time.Now()
 	if c.got == 0 {
@@ -110,6 +112,7 @@ func (j *job) clock(c *conn, n int64) {
 	c.last, c.got = now, c.got+n
 	if d := now.Sub(c.mark); d >= time.Second {
 		c.pace = float64(c.got-c.since) / d.Seconds()
+		j.best = max(j.best, j.fastest())
 		j.shared.hosts.brought(c.src.host.shared, c.got-c.since, d)
 		c.mark, c.since = now, c.got
 	}
@@ -119,7 +122,7 @@ func (j *job) clock(c *conn, n int64) {
 	}
 	pace := float64(c.got-c.stood) / d.Seconds()
 	c.watch, c.stood = now, c.got
-	if pace*farSlower < j.fastest() || pace < trickle && j.untried() {
+	if pace*farSlower < j.fastest() || pace < trickle && (pace*farSlower < j.best || j.untried()) {
 		c.cancel(errTrickles)
 	}
 }
