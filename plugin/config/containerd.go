@@ -52,6 +52,8 @@ var dropIn = template.Must(template.New("containerd").Funcs(template.FuncMap{"q"
 #   1. gantryd is running:          gantry status
 #   2. save this file:              gantry config containerd > /etc/containerd/conf.d/gantry.toml
 #   3. /etc/containerd/config.toml  has at its top: imports = ["/etc/containerd/conf.d/*.toml"]
+#      containerd 2.2 forgets the CRI settings of a file of version 2 then: bring it to version 3 first, by
+#                                   containerd config migrate
 #   4. systemctl restart containerd (running containers are not touched)
 # Switch off: remove the containers that use the snapshotter {{q .Snapshotter}}, remove this file,
 #   systemctl restart containerd, and only then stop gantryd.
