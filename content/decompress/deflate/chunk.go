@@ -153,7 +153,7 @@ func (e *engine) boundary(c *chunk, at mark, copying bool) (end bool, stop int64
 			return false, at.bit + copyStretch*8, nil
 		case n == nil:
 			return true, 0, nil
-		case at.bit >= n.hi*8 && !c.verified:
+		case at.bit >= n.hi*8 && !c.sure:
 			return false, 0, errNotYet
 		case at.bit >= n.hi*8:
 			e.absorb(c, n)

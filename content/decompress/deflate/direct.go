@@ -22,11 +22,12 @@ func (d *decoder) direct() bool {
 		d.base+d.inf.bit()>>3 == d.seg.end() && d.seg.err == nil && d.c.e.claim(d.c, d.seg)
 }
 
-// claim leaves the source behind g to the decoder of c, until resume.
+// claim leaves the source behind g to the decoder of c, until resume; not while there
+// is a guess behind c, which has g or may go there.
 func (e *engine) claim(c *chunk, g *segment) bool {
 	e.mu.Lock()
 	defer e.mu.Unlock()
-	if !e.serial && !e.copying || g.next != nil {
+	if !e.serial && !e.copying || g.next != nil || c.next != nil {
 		return false
 	}
 	e.own(c, g)

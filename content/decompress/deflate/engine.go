@@ -292,22 +292,26 @@ func (e *engine) restart(n *chunk, s *start) {
 	}
 }
 
-// overflow is asked by c for the segment behind g. A guess may go into the one
-// behind its own only: everything else must wait until it is verified.
+// overflow is asked by c for the segment behind g, which comes with a reference. A
+// guess may go into the one behind its own only: everything else must wait until
+// its decoder knows that it is verified. One that is dead gets none: claim may have
+// left the source to another.
 func (e *engine) overflow(c *chunk, g *segment) (*segment, error) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
+	if c.dead || g != c.last && !c.sure {
+		return nil, errNotYet
+	}
 	if g != c.last {
-		if !c.verified || c.dead {
-			return nil, errNotYet
-		}
 		if n := c.next; n != nil && n.seg == g {
 			e.absorb(c, n)
 		} else {
 			e.own(c, g)
 		}
 	}
-	return e.after(g), nil
+	next := e.after(g)
+	next.refs++
+	return next, nil
 }
 
 // own makes g the last segment of c. e.mu is held.

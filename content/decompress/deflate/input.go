@@ -94,9 +94,15 @@ func (e *engine) after(g *segment) *segment {
 	return g.next
 }
 
+// strict makes a reference that is dropped twice a panic; tests set it.
+var strict bool
+
 // unref drops a reference. e.mu is held.
 func (e *engine) unref(g *segment) {
 	g.refs--
+	if strict && g.refs < 0 {
+		panic("deflate: a segment was given back twice")
+	}
 	if g.refs == 0 && g.data != nil {
 		e.inputs = append(e.inputs, g.data)
 		g.data = nil
@@ -118,8 +124,12 @@ func (e *engine) takeInput(size int) []byte {
 }
 
 // drain reads on to the end of the source, from behind g, which is loaded, or until
-// the Reader is closed: padding may have no end.
+// the Reader is closed: padding may have no end. No more guesses are made: it
+// gives back the segments that they would begin with.
 func (e *engine) drain(g *segment) error {
+	e.mu.Lock()
+	e.ended = true
+	e.mu.Unlock()
 	for g.err == nil && !e.stopped.Load() {
 		e.mu.Lock()
 		next := e.after(g)
@@ -231,7 +241,8 @@ func (f *feed) step() error {
 	if err != nil {
 		return err
 	}
-	f.stopAt(next)
+	f.stopAt(nil)
+	f.seg = next
 	next.load()
 	return nil
 }

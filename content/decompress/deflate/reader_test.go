@@ -20,7 +20,10 @@ func withSizes(chunk, slab, slabs int) Option {
 	}
 }
 
-func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+func TestMain(m *testing.M) {
+	strict = true
+	goleak.VerifyTestMain(m)
+}
 
 // smallSlab is about the smallest slab that works.
 const smallSlab = 2 * (windowSize + 4<<10)
