@@ -150,6 +150,9 @@ func serve(c *config.Config) (err error) {
 	defer cancel()
 	signals := make(chan os.Signal, 2)
 	signal.Notify(signals, syscall.SIGTERM, syscall.SIGINT)
+	// Go ends a program that logs to where nobody reads any more, as after a crash of journald. Programs that gantryd starts
+	// have the signal as usual, which they would not if it were ignored.
+	signal.Notify(make(chan os.Signal, 1), syscall.SIGPIPE)
 	go func() {
 		log.L.WithField("signal", <-signals).Info("stopping; a second signal ends gantryd at once")
 		cancel()

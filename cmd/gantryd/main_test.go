@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"io"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -108,6 +109,12 @@ type gantryd struct {
 
 func start(t *testing.T) *gantryd {
 	t.Helper()
+	return startLogging(t, nil)
+}
+
+// startLogging is start with another place for the log.
+func startLogging(t *testing.T, stderr io.Writer) *gantryd {
+	t.Helper()
 	dir, err := os.MkdirTemp("", "gantry")
 	if err != nil {
 		t.Fatal(err)
@@ -122,6 +129,9 @@ func start(t *testing.T) *gantryd {
 	g.cmd = exec.CommandContext(context.WithoutCancel(t.Context()), os.Args[0], "--config", file)
 	g.cmd.Env = append(os.Environ(), asGantryd+"=1")
 	g.cmd.Stderr = g.stderr
+	if stderr != nil {
+		g.cmd.Stderr = stderr
+	}
 	if err := g.cmd.Start(); err != nil {
 		t.Fatal(err)
 	}
@@ -171,6 +181,20 @@ func TestSignalDrains(t *testing.T) {
 	g.signal(t, syscall.SIGTERM)
 	if code := g.exitCode(t); code != exitOK {
 		t.Errorf("exit code %d, want %d\n%s", code, exitOK, g.stderr)
+	}
+}
+
+// closed is a log that nobody reads any more: what is written to it raises SIGPIPE.
+type closed struct{}
+
+func (closed) Write([]byte) (int, error) { return 0, os.ErrClosed }
+
+func TestNobodyReadsTheLog(t *testing.T) {
+	t.Parallel()
+	g := startLogging(t, closed{})
+	g.signal(t, syscall.SIGTERM) // is logged
+	if err := g.cmd.Wait(); !g.cmd.ProcessState.Success() {
+		t.Errorf("gantryd ended with %v", err)
 	}
 }
 
