@@ -10,7 +10,6 @@ import (
 	"io/fs"
 	"os"
 	"strings"
-	"time"
 
 	"github.com/containerd/errdefs"
 	"google.golang.org/grpc"
@@ -111,11 +110,10 @@ func doCheck(ctx context.Context, c *config.Config, r check.Request, tell func(c
 	}
 	defer func() { err = errors.Join(err, conn.Close()) }()
 	// It tells at once that it has begun, and goes on telling how far it is.
-	ctx, cancel := context.WithCancelCause(ctx)
-	silent := time.AfterFunc(answerWithin, func() { cancel(errNoAnswer) })
-	defer silent.Stop()
+	ctx, heard := untilSilent(ctx)
+	defer heard()
 	err = check.Call(ctx, conn, r, func(e check.Event) error {
-		silent.Stop()
+		heard()
 		return tell(e)
 	})
 	if err != nil {

@@ -48,7 +48,11 @@ func runRestore(ctx context.Context, c *config.Config, flags *flag.FlagSet, stdo
 		tell = asJSON(stdout)
 	}
 	failed, last := 0, restore.Event{}
-	err = restore.Call(ctx, conn, func(e restore.Event) error {
+	// It tells at once how much there is.
+	within, heard := untilSilent(ctx)
+	defer heard()
+	err = restore.Call(within, conn, func(e restore.Event) error {
+		heard()
 		last = e
 		if e.State == restore.Failed {
 			failed++
@@ -58,6 +62,8 @@ func runRestore(ctx context.Context, c *config.Config, flags *flag.FlagSet, stdo
 	switch {
 	case ctx.Err() != nil:
 		return fmt.Errorf("interrupted with %d of %d layers done; the same command goes on from there", last.Done, last.Blobs)
+	case errors.Is(context.Cause(within), errNoAnswer):
+		return fmt.Errorf("gantryd at %s: %w (systemctl status gantryd)", c.Address, errNoAnswer)
 	case err != nil:
 		return fmt.Errorf("gantryd at %s, with %d of %d layers done: %w; the same command goes on from there", c.Address, last.Done, last.Blobs, err)
 	case failed > 0:

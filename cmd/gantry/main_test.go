@@ -201,3 +201,26 @@ func TestStatusWithoutGantryd(t *testing.T) {
 	}
 	check("a socket left by a kill")
 }
+
+// TestGantrydHangs asks a gantryd that takes connections and says nothing.
+func TestGantrydHangs(t *testing.T) {
+	t.Parallel()
+	for _, command := range []string{"status", "check", "content restore"} {
+		t.Run(command, func(t *testing.T) {
+			t.Parallel()
+			file, address := node(t)
+			l, err := new(net.ListenConfig).Listen(t.Context(), "unix", address)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer func() { _ = l.Close() }()
+			ctx, cancel := context.WithTimeout(t.Context(), 3*answerWithin)
+			defer cancel()
+			var stdout, stderr bytes.Buffer
+			code := run(ctx, append([]string{"--config", file}, strings.Fields(command)...), &stdout, &stderr)
+			if code == exitOK || !strings.Contains(stderr.String(), address+": "+errNoAnswer.Error()) {
+				t.Errorf("exit code %d, %q", code, stderr.String())
+			}
+		})
+	}
+}

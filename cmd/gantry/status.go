@@ -89,6 +89,13 @@ func fetch(ctx context.Context, address string) (_ *status.Report, err error) {
 	return report, nil
 }
 
+// untilSilent returns a context that ends with errNoAnswer unless gantryd is heard of in time.
+func untilSilent(ctx context.Context) (_ context.Context, heard func()) {
+	ctx, cancel := context.WithCancelCause(ctx)
+	timer := time.AfterFunc(answerWithin, func() { cancel(errNoAnswer) })
+	return ctx, func() { timer.Stop() }
+}
+
 // reachable says in plain words why nobody answers at address.
 func reachable(ctx context.Context, address string) error {
 	conn, err := new(net.Dialer).DialContext(ctx, "unix", address)
