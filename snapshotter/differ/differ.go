@@ -76,7 +76,10 @@ func (d *Differ) Apply(ctx context.Context, desc ocispec.Descriptor, mounts []mo
 		}
 	}
 	if !isTar(ctx, desc.MediaType) {
-		return ocispec.Descriptor{}, fmt.Errorf("layer %s: media type %q %w", desc.Digest, desc.MediaType, ErrStreamProcessor)
+		err := fmt.Errorf("layer %s: media type %q %w", desc.Digest, desc.MediaType, ErrStreamProcessor)
+		// containerd's transfer service replaces what is not implemented by an error that says neither layer nor reason.
+		log.G(ctx).WithError(err).Warn("a layer is not unpacked here")
+		return ocispec.Descriptor{}, err
 	}
 	var diffID digest.Digest
 	var size int64

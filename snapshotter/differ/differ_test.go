@@ -17,9 +17,11 @@ import (
 	"github.com/containerd/containerd/v2/core/mount"
 	"github.com/containerd/containerd/v2/plugins/content/local"
 	"github.com/containerd/errdefs"
+	"github.com/containerd/log"
 	"github.com/containerd/typeurl/v2"
 	digest "github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+	"github.com/sirupsen/logrus"
 	"go.uber.org/goleak"
 
 	"github.com/gantryd/gantry/snapshotter"
@@ -176,8 +178,14 @@ func TestApplyTakesLZ4(t *testing.T) {
 		t.Errorf("onto foreign mounts: got %v, want ErrNotImplemented that names lz4", err)
 	}
 	desc.MediaType += "+encrypted"
-	if _, err := r.Apply(t.Context(), desc, mounts); !errors.Is(err, ErrStreamProcessor) {
+	var out bytes.Buffer
+	logger := logrus.New()
+	logger.SetOutput(&out)
+	if _, err := r.Apply(log.WithLogger(t.Context(), logrus.NewEntry(logger)), desc, mounts); !errors.Is(err, ErrStreamProcessor) {
 		t.Errorf("encrypted: got %v, want ErrStreamProcessor", err)
+	}
+	if !strings.Contains(out.String(), desc.Digest.String()) || !strings.Contains(out.String(), "stream processor") {
+		t.Errorf("encrypted: the log says %q", out.String())
 	}
 }
 
