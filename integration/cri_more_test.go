@@ -1,11 +1,18 @@
 package integration
 
 import (
+	"context"
 	"fmt"
+	"net/http"
 	"path/filepath"
+	"strings"
+	"sync/atomic"
 	"testing"
+	"time"
 
 	"golang.org/x/sync/errgroup"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 	cri "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/gantryd/gantry/integration/harness"
@@ -72,6 +79,51 @@ func TestCRIRestarts(t *testing.T) {
 		t.Error(err)
 	}
 	checkCRIFreed(t, n, im)
+}
+
+// TestCRIProgress has containerd watch a pull that it does not make itself. One whose bytes come slowly, for longer than
+// image_pull_progress_timeout, goes on; one that stands still is cancelled: where containerd pulls by itself it only sees
+// what it fetches itself, so not before gantry gave up.
+func TestCRIProgress(t *testing.T) {
+	for name, key := range map[string]string{"transfer service": "", "local pull": "use_local_image_pull = true"} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			n := newCRI(t, "image_pull_progress_timeout = '2s'\n"+key, harness.Options{GantryExtra: "[transfer]\ngive_up = '5s'\n"})
+			var big atomic.Value // the digest of the image's one large layer
+			pull := func(seed uint64, o harness.FaultOptions, rule harness.Rule) error {
+				im, err := harness.Build(t.Context(), filepath.Join(t.TempDir(), "image"), small(seed, 4<<20))
+				if err != nil {
+					t.Fatal(err)
+				}
+				big.Store(im.Layers[2].Digest.String())
+				f := newFaultRegistry(t, o)
+				f.SetRule(rule)
+				if err := n.AddRegistry("http", f.Host()); err != nil {
+					t.Fatal(err)
+				}
+				ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+				defer cancel()
+				_, err = n.PullImage(ctx, &cri.PullImageRequest{Image: &cri.ImageSpec{Image: f.AddImage(im, "progress", "test")}})
+				return err
+			}
+			if err := pull(66, harness.FaultOptions{Total: 1 << 20}, nil); err != nil {
+				t.Errorf("a slow pull: %v", err)
+			}
+			var begun atomic.Bool
+			err := pull(67, harness.FaultOptions{}, func(r *http.Request) *harness.Fault {
+				switch {
+				case !strings.HasSuffix(r.URL.Path, big.Load().(string)):
+					return nil
+				case begun.CompareAndSwap(false, true):
+					return &harness.Fault{StallAfter: 2 << 20} // in less, containerd sees no beginning
+				}
+				return &harness.Fault{Latency: time.Hour}
+			})
+			if status.Code(err) != codes.Canceled {
+				t.Errorf("a pull that stands still: %v, want that it is cancelled", err)
+			}
+		})
+	}
 }
 
 // TestCRIReadOnly has a container whose root may not be written, and one that fills a volume of its image.
