@@ -273,9 +273,12 @@ func links(st fs.FileInfo) uint64 {
 	return 1
 }
 
+// full says whether it is the disk that has no room.
+func full(err error) bool { return errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EDQUOT) }
+
 // diskError says what a full disk means and what to do about it.
 func diskError(path string, err error) error {
-	if errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EDQUOT) {
+	if full(err) {
 		var at *fs.PathError
 		if errors.As(err, &at) {
 			err = at.Err // the path says no more

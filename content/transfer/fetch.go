@@ -352,7 +352,7 @@ func unexpected(err error) error {
 // one is.
 func (j *job) landed(h *host, s *span, p []byte) error {
 	f := j.folder
-	if _, err := f.data.WriteAt(p, s.off); err != nil {
+	if err := j.write(p, s.off); err != nil {
 		return &localError{err}
 	}
 	off, end, crc := s.off, s.off+int64(len(p)), s.crc
@@ -384,6 +384,16 @@ func (j *job) landed(h *host, s *span, p []byte) error {
 	j.ledger.landed(s, end, crc)
 	j.advance()
 	return nil
+}
+
+// write has old transfers make room for p where the disk is full.
+func (j *job) write(p []byte, off int64) error {
+	for {
+		rooms := j.shared.rooms.Load()
+		if _, err := j.folder.data.WriteAt(p, off); !full(err) || !j.shared.makeRoom(rooms) {
+			return err
+		}
+	}
 }
 
 // advance moves the frontier. Called with mu held.

@@ -50,6 +50,58 @@ func TestFullDisk(t *testing.T) {
 	_ = h.Close()
 }
 
+// TestFullDiskMakesRoom: of partial transfers that nobody uses, the oldest goes when another one needs its place; neither one
+// that was written a moment ago nor one in use does.
+func TestFullDiskMakesRoom(t *testing.T) {
+	t.Parallel()
+	root := t.TempDir()
+	if err := unix.Mount("tmpfs", root, "tmpfs", 0, "size=10m"); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := unix.Unmount(root, unix.MNT_DETACH); err != nil {
+			t.Error(err)
+		}
+	})
+	m := newManager(t, root, Options{ChunkSize: 1 << 20, ConnectionsPerHost: 2})
+	partial := func(seed byte, idle time.Duration) (folder string) {
+		data, b := randomBlob(seed, 4<<20)
+		gate := newGate(3 << 20)
+		before := newManager(t, root, lockOptions)
+		h := join(t, before, b, &fakeSource{host: "a", data: data, reply: gate.reply})
+		frontierOf(t, h, 3<<20)
+		if err := errors.Join(h.Close(), before.Close()); err != nil {
+			t.Fatal(err)
+		}
+		folder = folderPath(root, plainName(b))
+		when := time.Now().Add(-idle)
+		for _, n := range []string{dataName, stateName} {
+			if err := os.Chtimes(filepath.Join(folder, n), when, when); err != nil {
+				t.Fatal(err)
+			}
+		}
+		return folder
+	}
+	oldest, older, young := partial(11, 2*time.Hour), partial(12, time.Hour), partial(13, 0)
+	data, b := randomBlob(14, 3<<20)
+	h := join(t, m, b, &fakeSource{host: "a", data: data})
+	wait(t, h)
+	for folder, want := range map[string]bool{oldest: false, older: true, young: true} {
+		if _, err := os.Lstat(folder); (err == nil) != want {
+			t.Errorf("%s is there: %v, want %v", folder, err == nil, want)
+		}
+	}
+	data, b = randomBlob(15, 7<<20)
+	if err := join(t, m, b, &fakeSource{host: "a", data: data}).Wait(t.Context()); !errors.Is(err, syscall.ENOSPC) {
+		t.Errorf("got %v, want ENOSPC: what is left is in use, or was written a moment ago", err)
+	}
+	for folder, want := range map[string]bool{older: false, young: true} {
+		if _, err := os.Lstat(folder); (err == nil) != want {
+			t.Errorf("%s is there: %v, want %v", folder, err == nil, want)
+		}
+	}
+}
+
 // TestFullDiskWhileCopying: what a private folder could not get all of does not keep the disk full.
 func TestFullDiskWhileCopying(t *testing.T) {
 	t.Parallel()

@@ -117,6 +117,7 @@ type Manager struct {
 	kept   *kept
 	apart  *discardFolders
 	wg     sync.WaitGroup
+	room   sync.Mutex // one makeRoom at a time
 
 	mu     sync.Mutex // taken before job.mu
 	closed bool
@@ -139,7 +140,7 @@ func New(root string, o Options) (*Manager, error) {
 			return nil, fmt.Errorf("transfer root: %w", err)
 		}
 	}
-	return &Manager{
+	m := &Manager{
 		root:  root,
 		opts:  o,
 		jobs:  map[Blob]*job{},
@@ -152,7 +153,9 @@ func New(root string, o Options) (*Manager, error) {
 			liars:     map[string]time.Time{},
 			done:      map[string]stamp{},
 		},
-	}, nil
+	}
+	m.shared.makeRoom = m.makeRoom
+	return m, nil
 }
 
 func folderPath(root, name string) string { return filepath.Join(root, name) }

@@ -4,6 +4,7 @@ import (
 	"context"
 	"os"
 	"sync"
+	"sync/atomic"
 	"time"
 )
 
@@ -13,6 +14,8 @@ type shared struct {
 	running chan struct{} // a slot for each running transfer
 
 	dropPages func(f *os.File, off, n int64) // tests look
+	makeRoom  func(rooms int64) bool         // the Manager's
+	rooms     atomic.Int64                   // how often it made some
 
 	mu    sync.Mutex
 	liars map[string]time.Time // hosts that sent wrong bytes: for how long others are preferred

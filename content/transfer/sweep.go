@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"time"
 
 	"github.com/containerd/errdefs"
@@ -37,6 +38,43 @@ func (m *Manager) Sweep(ctx context.Context) error {
 		}
 	}
 	return errors.Join(append(errs, m.sweepLocks(), m.apart.sweep())...)
+}
+
+// idleForRoom is how long a transfer must not have been written that makes room for another: the layers of a pull under way
+// are not each other's room.
+const idleForRoom = time.Minute
+
+// makeRoom removes, of the transfers that nobody uses, the one that was not written for longest: the disk is full, and what is
+// wanted now comes before a retry that may never be. rooms is what m.shared.rooms was before the disk was found full. It
+// says whether there is more room since.
+func (m *Manager) makeRoom(rooms int64) bool {
+	m.room.Lock()
+	defer m.room.Unlock()
+	if m.shared.rooms.Load() != rooms {
+		return true // somebody else's call
+	}
+	entries, err := os.ReadDir(m.root)
+	if err != nil {
+		return false
+	}
+	written := map[string]time.Time{}
+	var names []string
+	for _, e := range entries {
+		st, err := os.Lstat(filepath.Join(m.root, e.Name(), dataName))
+		if folderDigest(e.Name()) != "" && err == nil {
+			written[e.Name()] = st.ModTime()
+			names = append(names, e.Name())
+		}
+	}
+	slices.SortFunc(names, func(a, b string) int { return written[a].Compare(written[b]) })
+	for _, n := range names {
+		if removed, err := m.remove(n, idleForRoom); err == nil && removed {
+			log.L.WithField("digest", "sha256:"+folderDigest(n)).Warn("the disk is full: removed a transfer that nobody came back for")
+			m.shared.rooms.Add(1)
+			return true
+		}
+	}
+	return false
 }
 
 func (m *Manager) sweepLocks() error {

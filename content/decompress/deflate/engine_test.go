@@ -24,6 +24,7 @@ func newTestEngine(t *testing.T) (e *engine, head, guess *chunk) {
 // TestClaimLeavesGuesses: whoever reads the source without segments has none of which a guess begins in, nor may one go on
 // there.
 func TestClaimLeavesGuesses(t *testing.T) {
+	t.Parallel()
 	e, head, guess := newTestEngine(t)
 	e.copying = true
 	if e.claim(head, guess.seg) {
@@ -41,6 +42,7 @@ func TestClaimLeavesGuesses(t *testing.T) {
 // TestGuessKeepsWhatItNeedsToRestart: a guess is verified while it runs, goes on, and fails as a guess: it begins again, and must
 // still have its segments then.
 func TestGuessKeepsWhatItNeedsToRestart(t *testing.T) {
+	t.Parallel()
 	e, _, guess := newTestEngine(t)
 	second, err := e.overflow(guess, guess.seg)
 	if err != nil {
@@ -58,6 +60,7 @@ func TestGuessKeepsWhatItNeedsToRestart(t *testing.T) {
 
 // TestNoGuessesInPadding: what drain has read is gone.
 func TestNoGuessesInPadding(t *testing.T) {
+	t.Parallel()
 	e, head, guess := newTestEngine(t)
 	if err := e.drain(head.seg); err != nil {
 		t.Fatal(err)
