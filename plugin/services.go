@@ -55,7 +55,7 @@ func registrations() cplugin.Registry {
 	var all cplugin.Registry
 	for _, r := range []cplugin.Registration{
 		{Type: ContainerdPlugin, ID: id, InitFn: initContainerd},
-		{Type: LayerPlugin, ID: id, InitFn: initLayers},
+		{Type: LayerPlugin, ID: id, InitFn: initLayers, Requires: []cplugin.Type{TransferPlugin}},
 		{Type: TransferPlugin, ID: id, InitFn: initTransfers},
 		{Type: RegistryPlugin, ID: id, InitFn: initRegistry},
 		{Type: PullPlugin, ID: id, InitFn: initPull,
@@ -107,7 +107,11 @@ func initContainerd(ic *cplugin.InitContext) (any, error) {
 }
 
 func initLayers(ic *cplugin.InitContext) (any, error) {
-	return layer.Open(filepath.Join(configOf(ic).Root, "layers"), layer.Options{NewHash: sha256x2.New})
+	blobs, err := part[*transfers](ic, TransferPlugin)
+	if err != nil {
+		return nil, err
+	}
+	return layer.Open(filepath.Join(configOf(ic).Root, "layers"), layer.Options{NewHash: sha256x2.New, MakeRoom: blobs.makeRoom})
 }
 
 func initTransfers(ic *cplugin.InitContext) (any, error) {

@@ -111,6 +111,11 @@ func (t *transfers) sweep(ctx context.Context) error {
 	return errors.Join(errs...)
 }
 
+// makeRoom has one transfer removed that nobody came back for; false says that there is none.
+func (t *transfers) makeRoom() bool {
+	return slices.ContainsFunc(t.all(), (*transfer.Manager).MakeRoom)
+}
+
 // Close stops all transfers; they can be resumed.
 func (t *transfers) Close() error {
 	t.mu.Lock()

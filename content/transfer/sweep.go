@@ -44,14 +44,16 @@ func (m *Manager) Sweep(ctx context.Context) error {
 // are not each other's room.
 const idleForRoom = time.Minute
 
-// makeRoom removes, of the transfers that nobody uses, the one that was not written for longest: the disk is full, and what is
-// wanted now comes before a retry that may never be. rooms is what m.shared.rooms was before the disk was found full. It
-// says whether there is more room since.
+// MakeRoom removes, of the transfers that nobody uses, the one that was not written for longest: the disk is full, and what is
+// wanted now comes before a retry that may never be. It says whether there was one.
+func (m *Manager) MakeRoom() bool { return m.makeRoom(m.shared.rooms.Load()) }
+
+// makeRoom is MakeRoom, unless somebody else made room since m.shared.rooms was rooms.
 func (m *Manager) makeRoom(rooms int64) bool {
 	m.room.Lock()
 	defer m.room.Unlock()
 	if m.shared.rooms.Load() != rooms {
-		return true // somebody else's call
+		return true
 	}
 	entries, err := os.ReadDir(m.root)
 	if err != nil {

@@ -46,6 +46,9 @@ type Options struct {
 	TableBytes int64
 	// NewHash makes what DiffIDs are computed with, a SHA-256 (default crypto/sha256's).
 	NewHash func() hash.Hash
+	// MakeRoom is called by Write when the disk is full, by several at once. True says that there is more room than
+	// before: Write goes on. Without it, or when it returns false, Write fails.
+	MakeRoom func() bool
 	// ReadOnly opens a cache that nobody uses to look at it: nothing is made or tidied, and only Files, Path, Get, Verify,
 	// Lookup and Blobs may be called.
 	ReadOnly bool
@@ -75,6 +78,7 @@ type Cache struct {
 	tables *tableCache
 	prefix int
 	hasher func() hash.Hash
+	room   func() bool
 	onSync func(path string) // tests see here what is made durable, and when
 	flush  flushFunc         // sync_file_range, but in tests
 
@@ -93,6 +97,9 @@ func Open(root string, o Options) (*Cache, error) {
 	if o.NewHash == nil {
 		o.NewHash = sha256.New
 	}
+	if o.MakeRoom == nil {
+		o.MakeRoom = func() bool { return false }
+	}
 	if o.TableBytes < 0 {
 		return nil, fmt.Errorf("%d bytes of tables: %w", o.TableBytes, errdefs.ErrInvalidArgument)
 	}
@@ -101,6 +108,7 @@ func Open(root string, o Options) (*Cache, error) {
 		tables: newTableCache(o.TableBytes),
 		prefix: len(defaultPrefix),
 		hasher: o.NewHash,
+		room:   o.MakeRoom,
 		pins:   make(map[digest.Digest]int),
 		wanted: make(map[digest.Digest]time.Time),
 		flush:  unix.SyncFileRange,
@@ -156,7 +164,7 @@ func (c *Cache) Write(ctx context.Context, r io.Reader, progress func(written in
 			err = errors.Join(err, rerr)
 		}
 	}()
-	p := &pipeline{file: f, progress: progress, prefix: c.prefix, hash: c.hasher(), flush: c.flush, syncing: c.syncing}
+	p := &pipeline{file: f, progress: progress, prefix: c.prefix, hash: c.hasher(), flush: c.flush, makeRoom: c.room, syncing: c.syncing}
 	if err := p.run(ctx, r); err != nil {
 		return nil, err
 	}

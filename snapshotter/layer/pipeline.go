@@ -58,6 +58,7 @@ type pipeline struct {
 	prefix   int
 	hash     hash.Hash
 	flush    flushFunc
+	makeRoom func() bool // on the disk; see Options
 	syncing  func(path string)
 
 	held atomic.Int64  // bytes in chunks

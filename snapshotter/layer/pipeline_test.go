@@ -7,6 +7,7 @@ import (
 	"io"
 	"math/rand/v2"
 	"os"
+	"path/filepath"
 	"runtime"
 	"strings"
 	"sync"
@@ -234,8 +235,43 @@ func TestWriteOfFullDisk(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer f.Close()
-	s := &sparseFile{f: f}
+	s := &sparseFile{f: f, makeRoom: func() bool { return false }}
 	if err := s.write([]*chunk{{data: bytes.Repeat([]byte{1}, 3*pageSize)}}); !errors.Is(err, unix.ENOSPC) {
+		t.Errorf("got %v, want %v", err, unix.ENOSPC)
+	}
+}
+
+// A full disk ends no write while somebody makes room.
+func TestWriteWaitsForRoom(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	if err := unix.Mount("tmpfs", dir, "tmpfs", 0, "size=24m"); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := unix.Unmount(dir, unix.MNT_DETACH); err != nil {
+			t.Error(err)
+		}
+	})
+	filler := filepath.Join(dir, "filler")
+	if err := os.WriteFile(filler, make([]byte, 20<<20), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	c, err := Open(filepath.Join(dir, "layers"), Options{MakeRoom: func() bool { return os.Remove(filler) == nil }})
+	if err != nil {
+		t.Fatal(err)
+	}
+	tar := largeTar()
+	if got, want := write(t, c, tar).DiffID, digest.FromBytes(tar); got != want {
+		t.Errorf("got %s, want %s", got, want)
+	}
+	if _, err := os.Lstat(filler); err == nil {
+		t.Error("there was room: the test shows nothing")
+	}
+	if err := os.WriteFile(filepath.Join(dir, "more"), make([]byte, 10<<20), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := c.Write(t.Context(), bytes.NewReader(largeTar()), nil); !errors.Is(err, unix.ENOSPC) {
 		t.Errorf("got %v, want %v", err, unix.ENOSPC)
 	}
 }

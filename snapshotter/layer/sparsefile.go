@@ -28,7 +28,9 @@ func isZero(page []byte) bool { return bytes.Equal(page, zeroPage[:len(page)]) }
 // and leaves out the pages that are all zeros. What a block has of a page that
 // goes on in the next one is copied; all else is written from where it lies.
 type sparseFile struct {
-	f   *os.File
+	f        *os.File
+	makeRoom func() bool // where the disk is full
+
 	off int64 // where pending begins; a multiple of the page size
 
 	pending [][]byte // goes to off in one write
@@ -88,7 +90,7 @@ func (s *sparseFile) addPages(data []byte) error {
 func (s *sparseFile) flush() error {
 	for len(s.pending) > 0 {
 		n, err := unix.Pwritev(int(s.f.Fd()), s.pending, s.off)
-		if errors.Is(err, unix.EINTR) {
+		if errors.Is(err, unix.EINTR) || (errors.Is(err, unix.ENOSPC) || errors.Is(err, unix.EDQUOT)) && s.makeRoom() {
 			continue
 		}
 		if err == nil && n == 0 {

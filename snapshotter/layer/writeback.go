@@ -123,7 +123,7 @@ func (b *writeBack) run() {
 
 func (p *pipeline) writeAll(ctx context.Context, ch <-chan *chunk) error {
 	back := newWriteBack(p.file, p.flush)
-	s := &sparseFile{f: p.file}
+	s := &sparseFile{f: p.file, makeRoom: p.makeRoom}
 	err := p.writeChunks(ctx, ch, s, back)
 	if berr := back.close(); err == nil {
 		err = berr
