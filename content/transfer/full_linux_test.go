@@ -12,10 +12,11 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-func TestFullDisk(t *testing.T) {
-	t.Parallel()
+// smallDisk is a folder with so much room, "2m" for instance.
+func smallDisk(t *testing.T, size string) string {
+	t.Helper()
 	root := t.TempDir()
-	if err := unix.Mount("tmpfs", root, "tmpfs", 0, "size=2m"); err != nil {
+	if err := unix.Mount("tmpfs", root, "tmpfs", 0, "size="+size); err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() {
@@ -23,6 +24,12 @@ func TestFullDisk(t *testing.T) {
 			t.Error(err)
 		}
 	})
+	return root
+}
+
+func TestFullDisk(t *testing.T) {
+	t.Parallel()
+	root := smallDisk(t, "2m")
 	data, b := randomBlob(6, 4<<20)
 	src := &fakeSource{host: "a", data: data}
 	m := newManager(t, root, Options{ChunkSize: 1 << 20, ConnectionsPerHost: 1})
@@ -54,15 +61,7 @@ func TestFullDisk(t *testing.T) {
 // that was written a moment ago nor one in use does.
 func TestFullDiskMakesRoom(t *testing.T) {
 	t.Parallel()
-	root := t.TempDir()
-	if err := unix.Mount("tmpfs", root, "tmpfs", 0, "size=10m"); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		if err := unix.Unmount(root, unix.MNT_DETACH); err != nil {
-			t.Error(err)
-		}
-	})
+	root := smallDisk(t, "10m")
 	m := newManager(t, root, Options{ChunkSize: 1 << 20, ConnectionsPerHost: 2})
 	partial := func(seed byte, idle time.Duration) (folder string) {
 		data, b := randomBlob(seed, 4<<20)
@@ -105,15 +104,7 @@ func TestFullDiskMakesRoom(t *testing.T) {
 // TestFullDiskWhileCopying: what a private folder could not get all of does not keep the disk full.
 func TestFullDiskWhileCopying(t *testing.T) {
 	t.Parallel()
-	root := t.TempDir()
-	if err := unix.Mount("tmpfs", root, "tmpfs", 0, "size=3m"); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		if err := unix.Unmount(root, unix.MNT_DETACH); err != nil {
-			t.Error(err)
-		}
-	})
+	root := smallDisk(t, "3m")
 	data, b := randomBlob(7, 4<<20)
 	gate := newGate(2 << 20)
 	m1 := newManager(t, root, lockOptions)
