@@ -49,7 +49,7 @@ func (b *bench) start(ctx context.Context) (err error) {
 				return err
 			}
 		}
-		return nil
+		return b.steps(ctx, nodes)
 	})
 }
 
