@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"os"
 	"path/filepath"
 	"slices"
 	"sync"
@@ -13,6 +14,7 @@ import (
 	"github.com/containerd/containerd/v2/plugins"
 	"github.com/containerd/log"
 	cplugin "github.com/containerd/plugin"
+	"github.com/coreos/go-systemd/v22/activation"
 	"google.golang.org/grpc"
 
 	"github.com/gantryd/gantry/plugin/config"
@@ -36,6 +38,7 @@ const (
 type Daemon struct {
 	config *config.Config
 	place  *place
+	passed []*os.File        // by systemd, until Run looks at them
 	parts  []*cplugin.Plugin // in the order of their start
 	server *grpc.Server
 	edge   *edge
@@ -46,12 +49,14 @@ type Daemon struct {
 // New makes a daemon and all its parts, without listening yet. The logger of ctx
 // goes to the parts; its end does not. Whoever gets a Daemon closes it.
 func New(ctx context.Context, c *config.Config) (*Daemon, error) {
+	passed := activation.Files(true) // first, so that no program that a part starts inherits them
 	p, err := occupy(c)
 	if err != nil {
+		turnAway(ctx, passed)
 		return nil, err
 	}
 	scope, cancel := context.WithCancelCause(context.WithoutCancel(ctx))
-	d := &Daemon{config: c, place: p, cancel: cancel}
+	d := &Daemon{config: c, place: p, passed: passed, cancel: cancel}
 	d.server, d.edge = newServer(log.G(ctx))
 	if err := d.start(scope); err != nil {
 		return nil, errors.Join(err, d.Close())
@@ -91,7 +96,8 @@ func (d *Daemon) start(ctx context.Context) error {
 // way get drainFor. It returns nil after a drain, even if calls were cut off.
 // Close is still to be called.
 func (d *Daemon) Run(ctx context.Context) error {
-	l, err := listen(ctx, d.config.Address)
+	l, err := listen(ctx, d.config.Address, d.passed)
+	d.passed = nil
 	if err != nil {
 		return err
 	}
@@ -156,6 +162,7 @@ func (d *Daemon) Close() error {
 			}
 		}
 		d.cancel(errors.New("gantryd has stopped"))
+		turnAway(context.Background(), d.passed)
 		errs = append(errs, d.place.release())
 	})
 	return errors.Join(errs...)

@@ -14,9 +14,21 @@ import (
 	"github.com/containerd/errdefs"
 )
 
-// listen binds the daemon's socket. A socket that nobody answers on is replaced;
-// one that is answered on is left alone.
-func listen(ctx context.Context, address string) (net.Listener, error) {
+// listen returns the daemon's socket: the one that systemd kept and passed, or a new one.
+func listen(ctx context.Context, address string, passed []*os.File) (net.Listener, error) {
+	l := kept(ctx, address, passed)
+	if l == nil {
+		var err error
+		if l, err = create(ctx, address); err != nil {
+			return nil, fmt.Errorf("listen on %s: %w", address, err)
+		}
+	}
+	return &socket{UnixListener: l, path: address, stays: keep(ctx, l)}, nil
+}
+
+// create binds a new socket. One that nobody answers on is replaced; one that is
+// answered on is left alone.
+func create(ctx context.Context, address string) (*net.UnixListener, error) {
 	if err := vacant(ctx, address); err != nil {
 		return nil, err
 	}
@@ -24,24 +36,24 @@ func listen(ctx context.Context, address string) (net.Listener, error) {
 	// it, so it is bound where only root does and moved into place after that.
 	dir, err := os.MkdirTemp(filepath.Dir(address), ".g")
 	if err != nil {
-		return nil, fmt.Errorf("listen on %s: %w", address, err)
+		return nil, err
 	}
-	l, err := bind(ctx, filepath.Join(dir, "s"), address)
+	l, err := bind(filepath.Join(dir, "s"), address)
 	if err := errors.Join(err, os.RemoveAll(dir)); err != nil {
 		if l != nil {
 			err = errors.Join(err, l.Close())
 		}
-		return nil, fmt.Errorf("listen on %s: %w", address, err)
+		return nil, err
 	}
-	return &socket{Listener: l, path: address}, nil
+	return l, nil
 }
 
-func bind(ctx context.Context, temporary, address string) (net.Listener, error) {
-	l, err := new(net.ListenConfig).Listen(ctx, "unix", temporary)
+func bind(temporary, address string) (*net.UnixListener, error) {
+	l, err := net.ListenUnix("unix", &net.UnixAddr{Name: temporary, Net: "unix"})
 	if err != nil {
 		return nil, err
 	}
-	l.(*net.UnixListener).SetUnlinkOnClose(false) // it will have moved
+	l.SetUnlinkOnClose(false) // it will have moved
 	if err := os.Chmod(temporary, 0o600); err != nil {
 		return nil, errors.Join(err, l.Close())
 	}
@@ -58,10 +70,10 @@ func vacant(ctx context.Context, address string) error {
 		return nil
 	}
 	if err != nil {
-		return fmt.Errorf("listen on %s: %w", address, err)
+		return err
 	}
 	if info.Mode().Type() != fs.ModeSocket {
-		return fmt.Errorf("listen on %s: it exists and is not a socket; remove it or set another address: %w", address, errdefs.ErrFailedPrecondition)
+		return fmt.Errorf("it exists and is not a socket; remove it or set another address: %w", errdefs.ErrFailedPrecondition)
 	}
 	ctx, cancel := context.WithTimeout(ctx, 2*time.Second)
 	defer cancel()
@@ -70,20 +82,27 @@ func vacant(ctx context.Context, address string) error {
 		return nil // refused: whoever bound it is gone
 	}
 	return errors.Join(
-		fmt.Errorf("listen on %s: another process answers there; stop it or set another address: %w", address, errdefs.ErrFailedPrecondition),
+		fmt.Errorf("another process answers there; stop it or set another address: %w", errdefs.ErrFailedPrecondition),
 		conn.Close())
 }
 
-// socket is a listener whose path goes with it.
+// socket is a listener whose path goes with it, unless systemd keeps it.
 type socket struct {
-	net.Listener
-	path string
-	once sync.Once
+	*net.UnixListener
+	path  string
+	stays bool
+	once  sync.Once
 }
 
 // Close stops listening and removes the socket, once.
 func (s *socket) Close() error {
 	err := net.ErrClosed
-	s.once.Do(func() { err = errors.Join(os.Remove(s.path), s.Listener.Close()) })
+	s.once.Do(func() {
+		err = nil
+		if !s.stays {
+			err = os.Remove(s.path)
+		}
+		err = errors.Join(err, s.UnixListener.Close())
+	})
 	return err
 }

@@ -102,6 +102,7 @@ func TestUnitStartsThisProgram(t *testing.T) {
 // gantryd is a real one, in a process of its own.
 type gantryd struct {
 	cmd    *exec.Cmd
+	file   string // its configuration
 	conn   *grpc.ClientConn
 	socket string
 	stderr *bytes.Buffer
@@ -112,8 +113,8 @@ func start(t *testing.T) *gantryd {
 	return startLogging(t, nil)
 }
 
-// startLogging is start with another place for the log.
-func startLogging(t *testing.T, stderr io.Writer) *gantryd {
+// startLogging is start with another place for the log, and more in the environment.
+func startLogging(t *testing.T, stderr io.Writer, env ...string) *gantryd {
 	t.Helper()
 	dir, err := os.MkdirTemp("", "gantry")
 	if err != nil {
@@ -125,25 +126,9 @@ func startLogging(t *testing.T, stderr io.Writer) *gantryd {
 	if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	g := &gantryd{socket: dir + "/gantry.sock", stderr: &bytes.Buffer{}}
-	g.cmd = exec.CommandContext(context.WithoutCancel(t.Context()), os.Args[0], "--config", file)
-	g.cmd.Env = append(os.Environ(), asGantryd+"=1")
-	g.cmd.Stderr = g.stderr
-	if stderr != nil {
-		g.cmd.Stderr = stderr
-	}
-	if err := g.cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		_ = g.cmd.Process.Kill()
-		_ = g.cmd.Wait()
-	})
-	g.conn, err = grpc.NewClient("unix://"+g.socket, grpc.WithTransportCredentials(insecure.NewCredentials()))
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { _ = g.conn.Close() })
+	g := &gantryd{file: file, socket: dir + "/gantry.sock", stderr: &bytes.Buffer{}}
+	g.spawn(t, stderr, env, nil)
+	g.conn = connect(t, g.socket)
 	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 	defer cancel()
 	for {
@@ -157,6 +142,40 @@ func startLogging(t *testing.T, stderr io.Writer) *gantryd {
 		case <-time.After(20 * time.Millisecond):
 		}
 	}
+}
+
+// spawn starts the process. It is passed a file as systemd passes it, if there is one.
+func (g *gantryd) spawn(t *testing.T, stderr io.Writer, env []string, passed *os.File) {
+	t.Helper()
+	// Only the process that becomes gantryd knows its own id.
+	g.cmd = exec.CommandContext(context.WithoutCancel(t.Context()), "sh", "-c", `LISTEN_PID=$$ exec "$0" "$@"`, os.Args[0], "--config", g.file)
+	g.cmd.Env = append(append(os.Environ(), asGantryd+"=1"), env...)
+	if passed != nil {
+		g.cmd.ExtraFiles = []*os.File{passed}
+		g.cmd.Env = append(g.cmd.Env, "LISTEN_FDS=1", "LISTEN_FDNAMES=gantry")
+	}
+	g.cmd.Stderr = g.stderr
+	if stderr != nil {
+		g.cmd.Stderr = stderr
+	}
+	if err := g.cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	cmd := g.cmd
+	t.Cleanup(func() {
+		_ = cmd.Process.Kill()
+		_ = cmd.Wait()
+	})
+}
+
+func connect(t *testing.T, socket string) *grpc.ClientConn {
+	t.Helper()
+	conn, err := grpc.NewClient("unix://"+socket, grpc.WithTransportCredentials(insecure.NewCredentials()))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = conn.Close() })
+	return conn
 }
 
 func (g *gantryd) signal(t *testing.T, s os.Signal) {
