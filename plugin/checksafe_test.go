@@ -20,6 +20,7 @@ import (
 	"github.com/containerd/containerd/v2/pkg/namespaces"
 	"github.com/containerd/containerd/v2/plugins"
 	"github.com/containerd/errdefs"
+	cplugin "github.com/containerd/plugin"
 	digest "github.com/opencontainers/go-digest"
 	"github.com/opencontainers/image-spec/specs-go"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
@@ -176,6 +177,24 @@ func TestCheckBesideAnotherContainerd(t *testing.T) {
 	}
 }
 
+// checkerOf makes a checker of the daemon's parts, as the daemon's own service has.
+func checkerOf(t *testing.T, d *Daemon) *checker {
+	t.Helper()
+	set := cplugin.NewPluginSet()
+	for _, p := range d.parts {
+		if err := set.Add(p); err != nil {
+			t.Fatal(err)
+		}
+	}
+	ic := cplugin.NewContext(t.Context(), set, nil)
+	ic.Config = &settings{d.config, d.edge.calls}
+	c, err := newChecker(ic)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return c
+}
+
 // A disk that reads a blob wrong twice and then right has it still.
 func TestRepairLooksOnceMore(t *testing.T) {
 	t.Parallel()
@@ -184,8 +203,7 @@ func TestRepairLooksOnceMore(t *testing.T) {
 	layer := plainLayer(data)
 	node := &fakeContainerd{uses: "unix://" + c.Address, has: map[digest.Digest]int64{layer.Digest: layer.Size}}
 	node.serve(t, c)
-	_, stop := run(t, c)
-	conn := dial(t, c.Address)
+	d, stop := run(t, c)
 	manifest, config, store := oneLayer(t, c, layer)
 	node.has[manifest.Digest], node.has[config.Digest] = manifest.Size, config.Size
 	ctx := namespaces.WithNamespace(t.Context(), "default")
@@ -200,7 +218,8 @@ func TestRepairLooksOnceMore(t *testing.T) {
 	}
 	write(bytes.Repeat([]byte("wrong"), 1000))
 	var events []string
-	err := check.Call(t.Context(), conn, check.Request{Repair: true}, func(e check.Event) error {
+	checker := checkerOf(t, d) // it waits while an event is dealt with, and not for a client
+	err := checker.Run(t.Context(), check.Request{Repair: true}, func(e check.Event) error {
 		if e.Fault != nil {
 			events = append(events, e.State+" "+e.Fault.Cure)
 		}
@@ -218,7 +237,7 @@ func TestRepairLooksOnceMore(t *testing.T) {
 	// One that stays wrong and is nowhere to be had goes, with containerd's record.
 	write(bytes.Repeat([]byte("wrong"), 1000))
 	faults, _, _, err := gather(func(send func(check.Event) error) error {
-		return check.Call(t.Context(), conn, check.Request{Repair: true}, send)
+		return checker.Run(t.Context(), check.Request{Repair: true}, send)
 	})
 	if err != nil || len(faults) != 2 || len(node.forgotten) != 1 {
 		t.Errorf("%v, forgotten %v, %v", faults, node.forgotten, err)
