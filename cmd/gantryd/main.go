@@ -26,7 +26,9 @@ import (
 const (
 	exitOK     = 0
 	exitFailed = 1
-	exitUsage  = 2 // a bad command line or configuration: starting again does not help
+	// A bad command line or configuration, EX_CONFIG of sysexits.h: starting again does not help. Not 2, with which Go's
+	// runtime ends after a panic and at SIGABRT, the watchdog's signal.
+	exitConfig = 78
 )
 
 const usage = `gantryd serves containerd's content, snapshot and diff services on one unix socket.
@@ -39,7 +41,7 @@ Usage:
   gantryd --version | --help
 
 Without --config, ` + config.DefaultPath + ` is read if it exists. --config comes before the command.
-Exit codes: 0 after a stop that was asked for, 1 after a failure, 2 for a bad command line or configuration.
+Exit codes: 0 after a stop that was asked for, 1 after a failure, 2 after a crash, 78 for a bad command line or configuration.
 Beside it: "gantry config containerd" prints what containerd needs, "gantry status" shows what gantryd is doing.
 `
 
@@ -110,7 +112,7 @@ func run(args []string, stdout, stderr io.Writer, serve func(*config.Config) err
 	case "", "config dump":
 		c, err := config.Load(*file)
 		if err != nil {
-			return fail(stderr, err, exitUsage)
+			return fail(stderr, err, exitConfig)
 		}
 		if command != "" {
 			return fail(stderr, c.Encode(stdout), exitFailed)
@@ -128,7 +130,7 @@ func output(stdout, stderr io.Writer, text string) int {
 
 func misused(stderr io.Writer, what string) int {
 	_, _ = fmt.Fprintf(stderr, "gantryd: %s; see gantryd --help\n", what)
-	return exitUsage
+	return exitConfig
 }
 
 func fail(stderr io.Writer, err error, code int) int {

@@ -2,9 +2,11 @@ package main
 
 import (
 	"context"
+	"fmt"
 	"net"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -141,5 +143,31 @@ func TestCannotStartTurnsAway(t *testing.T) {
 	systemd.wait(t, "FDSTOREREMOVE=1\nFDNAME=gantry")
 	if code := g.exitCode(t); code != exitFailed {
 		t.Errorf("exit code %d, want %d\n%s", code, exitFailed, g.stderr)
+	}
+}
+
+// TestUnitKnowsTheExitCodes compares what the unit starts again after with what gantryd ends with.
+func TestUnitKnowsTheExitCodes(t *testing.T) {
+	t.Parallel()
+	var never []string
+	for line := range strings.Lines(unit) {
+		if codes, ok := strings.CutPrefix(line, "RestartPreventExitStatus="); ok {
+			never = strings.Fields(codes)
+		}
+	}
+	hung := start(t)
+	hung.signal(t, syscall.SIGABRT) // as the watchdog does
+	if code := hung.exitCode(t); slices.Contains(never, fmt.Sprint(code)) {
+		t.Errorf("gantryd ends with %d after the watchdog's signal, and then the unit never starts it again", code)
+	}
+	bad := start(t)
+	bad.signal(t, syscall.SIGTERM)
+	_ = bad.cmd.Wait()
+	if err := os.WriteFile(bad.file, []byte("nope = 1\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	bad.spawn(t, nil, nil, nil)
+	if code := bad.exitCode(t); !slices.Contains(never, fmt.Sprint(code)) {
+		t.Errorf("gantryd ends with %d after a bad configuration, and the unit starts it again for ever", code)
 	}
 }
