@@ -12,6 +12,7 @@ import (
 	"io"
 
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/types/known/wrapperspb"
 )
 
@@ -68,6 +69,9 @@ func Call[Request, Event any](ctx context.Context, conn grpc.ClientConnInterface
 		}
 		if err := each(e); err != nil {
 			return err
+		}
+		if err := ctx.Err(); err != nil { // what has arrived already would be passed on
+			return status.FromContextError(err).Err()
 		}
 	}
 }
