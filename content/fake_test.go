@@ -209,6 +209,11 @@ func newStore(t *testing.T, root string, o Options) *Store {
 	if err != nil {
 		t.Fatal(err)
 	}
+	t.Cleanup(func() { // what was aborted is freed behind the call
+		if err := s.Close(); err != nil {
+			t.Error(err)
+		}
+	})
 	return s
 }
 
