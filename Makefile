@@ -72,6 +72,18 @@ kubelet-prerequisites: ## install what the kubelet needs from Debian (runc)
 	fi
 	@[ -x /usr/sbin/runc ] || { echo "runc is missing: apt-get install runc" >&2; exit 1; }
 
+# The same: systemd is no part of every machine that runs the tests.
+.PHONY: test-systemd
+test-systemd: build systemd-prerequisites ## have systemd itself restart gantryd by its unit, in namespaces of their own (root)
+	go test -count=1 -timeout 5m -tags systemd -run '^TestUnit$$' $(if $(V),-v) ./integration
+
+.PHONY: systemd-prerequisites
+systemd-prerequisites: ## install what test-systemd needs from Debian (systemd)
+	@if ! [ -x /lib/systemd/systemd ] && [ "$$(id -u)" = 0 ]; then \
+		apt-get update -q && apt-get install -qy --no-install-recommends systemd; \
+	fi
+	@[ -x /lib/systemd/systemd ] || { echo "systemd is missing: apt-get install systemd" >&2; exit 1; }
+
 .PHONY: lint
 lint: $(LINTER) ## run golangci-lint
 	$(LINTER) run ./...

@@ -59,6 +59,7 @@ func New(ctx context.Context, c *config.Config) (*Daemon, error) {
 	d := &Daemon{config: c, place: p, passed: passed, cancel: cancel}
 	d.server, d.edge = newServer(log.G(ctx))
 	if err := d.start(scope); err != nil {
+		turnAway(ctx, passed)
 		return nil, errors.Join(err, d.Close())
 	}
 	return d, nil
@@ -162,7 +163,6 @@ func (d *Daemon) Close() error {
 			}
 		}
 		d.cancel(errors.New("gantryd has stopped"))
-		turnAway(context.Background(), d.passed)
 		errs = append(errs, d.place.release())
 	})
 	return errors.Join(errs...)
