@@ -46,7 +46,7 @@ func TestKillInTheMiddle(t *testing.T) {
 	if err := n.StartGantryd(t.Context()); err != nil {
 		t.Fatal(err)
 	}
-	mustPull(t, n, "default", ref)
+	untilServed(t, n, ref)
 	checkImage(t, n, "default", ref)
 	mustRun(t, n, "default", ref, "5", "/helper", "cat", "/etc/seed")
 	if got := mustExec(t, n, "steady", "/helper", "sum", "/noise"); got != sum {

@@ -150,10 +150,7 @@ func TestFallbackOfEight(t *testing.T) {
 // checkExported imports what was exported into another namespace and compares what a container reads there.
 func checkExported(t *testing.T, n *harness.Node, ref string) {
 	t.Helper()
-	tar := t.TempDir() + "/image.tar"
-	if _, err := n.Ctr(t.Context(), "default", "image", "export", tar, ref); err != nil {
-		t.Fatalf("export: %v", err)
-	}
+	tar := mustExport(t, n, "default", ref)
 	reference := newNode(t, harness.Options{Snapshotter: harness.Overlayfs})
 	if _, err := reference.Ctr(t.Context(), "default", "image", "import", tar); err != nil {
 		t.Fatalf("import by containerd as shipped: %v", err)

@@ -38,10 +38,7 @@ func TestForgedSource(t *testing.T) {
 		checkImage(t, n, way, ref)
 		mustRun(t, n, way, ref, "40", "/helper", "cat", "/etc/seed")
 	}
-	tar := t.TempDir() + "/image.tar"
-	if _, err := n.Ctr(t.Context(), "local", "image", "export", tar, ref); err != nil {
-		t.Fatal(err)
-	}
+	tar := mustExport(t, n, "local", ref)
 	for i, args := range [][]string{nil, {"--local"}} {
 		namespace := fmt.Sprint("imported", i)
 		all := append([]string{"image", "import", "--snapshotter", n.Snapshotter}, args...)

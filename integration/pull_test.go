@@ -2,7 +2,6 @@ package integration
 
 import (
 	"net/http"
-	"path/filepath"
 	"strings"
 	"testing"
 
@@ -77,10 +76,7 @@ func checkLeaves(t *testing.T, n *harness.Node, r *harness.Registry, ref string)
 	if _, err := n.Ctr(t.Context(), "default", "image", "push", target, ref); err != nil {
 		t.Errorf("push: %v", err)
 	}
-	tar := filepath.Join(t.TempDir(), "image.tar")
-	if _, err := n.Ctr(t.Context(), "default", "image", "export", tar, ref); err != nil {
-		t.Fatalf("export: %v", err)
-	}
+	tar := mustExport(t, n, "default", ref)
 	if _, err := n.Ctr(t.Context(), "imported", "image", "import", "--snapshotter", n.Snapshotter, tar); err != nil {
 		t.Fatalf("import: %v", err)
 	}
