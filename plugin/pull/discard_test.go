@@ -2,10 +2,12 @@ package pull
 
 import (
 	"bytes"
+	"context"
 	"net/http"
 	"os"
 	"path/filepath"
 	"strings"
+	"sync/atomic"
 	"testing"
 
 	ccontent "github.com/containerd/containerd/v2/core/content"
@@ -170,7 +172,8 @@ func TestDiscardedBlobIsReadAgain(t *testing.T) {
 	f := newDiscardingFixture(t, false)
 	l, id := f.addLayer(t, 1, 5<<20)
 	f.addImage(t, "default", []ocispec.Descriptor{l}, []digest.Digest{id})
-	f.Start(t.Context(), f.images)
+	seen := &seenBlobs{Blobs: f.images, layers: f.store}
+	f.Start(t.Context(), seen)
 	ctx := namespaces.WithNamespace(t.Context(), "default")
 	if from, err := writeAs(ctx, f.store, "default/1/layer-"+l.Digest.String(), f.blobs[l.Digest]); err != nil || from != l.Size {
 		t.Fatalf("from %d, %v", from, err)
@@ -199,13 +202,38 @@ func TestDiscardedBlobIsReadAgain(t *testing.T) {
 		t.Fatal(err)
 	}
 	f.blobs = nil // from here on only what was fetched a moment ago
-	f.Puller.mu.Lock()
-	f.Puller.blobs = f.store
-	f.Puller.mu.Unlock()
+	seen.all.Store(true)
 	if got, _, err := f.Layer(ctx, l); err != nil || got != id {
 		t.Errorf("Apply of a layer whose file is lost: %s, %v", got, err)
 	}
 }
+
+// seenBlobs shows an image's documents, and its layers too once all is set.
+type seenBlobs struct {
+	Blobs
+	layers Blobs
+	all    atomic.Bool
+}
+
+func (s *seenBlobs) of() Blobs {
+	if s.all.Load() {
+		return s.layers
+	}
+	return s.Blobs
+}
+
+// Info implements Blobs.
+func (s *seenBlobs) Info(ctx context.Context, d digest.Digest) (ccontent.Info, error) {
+	return s.of().Info(ctx, d)
+}
+
+// ReaderAt implements Blobs.
+func (s *seenBlobs) ReaderAt(ctx context.Context, desc ocispec.Descriptor) (ccontent.ReaderAt, error) {
+	return s.of().ReaderAt(ctx, desc)
+}
+
+// Discarded implements Blobs.
+func (s *seenBlobs) Discarded(d digest.Digest) bool { return s.of().Discarded(d) }
 
 func layerFile(t *testing.T, f *fixture, id digest.Digest) string {
 	t.Helper()
