@@ -195,6 +195,7 @@ func (p *Puller) follow(ctx context.Context, img *image, m *manifest, d digest.D
 	}
 	if id, err := p.layers.Lookup(d); err == nil && id != "" {
 		p.layers.Want(id)
+		p.wantedNoMore(ctx, d, size, id) // the client may have been quicker than startAll
 		p.needless(ctx, img, transfer.Blob{Digest: d, Size: size})
 		return
 	}

@@ -174,6 +174,17 @@ func (p *Puller) served(ctx context.Context, namespace string, d digest.Digest, 
 	return errors.Join(errs...)
 }
 
+// wantedNoMore ends Want for a layer that was made, or wanted, when an image with it was complete already: served has
+// looked before, and nobody would end it.
+func (p *Puller) wantedNoMore(ctx context.Context, blob digest.Digest, size int64, id digest.Digest) {
+	for _, m := range p.catalog.listing(blob, size) {
+		if p.catalog.diffID(m, blob) == id && p.complete(ctx, m) {
+			p.layers.Satisfied(id)
+			return
+		}
+	}
+}
+
 // complete says whether the store shows all layers.
 func (p *Puller) complete(ctx context.Context, m *manifest) bool {
 	return !slices.ContainsFunc(m.layers, func(l ocispec.Descriptor) bool {

@@ -307,7 +307,11 @@ func (p *Puller) produce(ctx context.Context, u *unpack) (*layer.Layer, error) {
 		l, err := p.write(ctx, u, f)
 		if err == nil {
 			if err = p.verify(ctx, u, f); err == nil {
-				return l, p.layers.Record(u.key.blob, l.DiffID)
+				if err := p.layers.Record(u.key.blob, l.DiffID); err != nil {
+					return l, err
+				}
+				p.wantedNoMore(ctx, u.key.blob, u.key.size, l.DiffID)
+				return l, nil
 			}
 		} else if f.err == nil && errors.Is(p.verify(ctx, u, f), errRestart) {
 			err = errRestart // not the layer is broken: these were not its bytes
