@@ -97,7 +97,13 @@ func filesBelow(root string) ([]string, error) {
 		if err != nil || path == root || (d.IsDir() && strings.HasPrefix(d.Name(), "sha")) {
 			return err
 		}
-		found = append(found, path)
+		fi, err := d.Info()
+		if errors.Is(err, fs.ErrNotExist) {
+			return nil
+		} else if err != nil {
+			return err
+		}
+		found = append(found, fmt.Sprintf("%s (%s, of %s)", path, fi.Mode(), fi.ModTime().Format(time.TimeOnly)))
 		return nil
 	})
 	return found, err
