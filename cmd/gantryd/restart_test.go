@@ -106,14 +106,21 @@ func TestRestartRefusesNobody(t *testing.T) {
 	}
 }
 
+// stopped is a gantryd that systemd has stopped and whose socket it keeps.
+func stopped(t *testing.T) (systemd *manager, g *gantryd, kept *os.File) {
+	t.Helper()
+	systemd = newManager(t)
+	g = startLogging(t, nil, systemd.env())
+	kept = systemd.wait(t, "FDSTORE=1")
+	g.signal(t, syscall.SIGTERM)
+	_ = g.cmd.Wait()
+	return systemd, g, kept
+}
+
 // TestPassedTheWrongSocket passes one that nobody who connects to gantryd's address reaches.
 func TestPassedTheWrongSocket(t *testing.T) {
 	t.Parallel()
-	systemd := newManager(t)
-	g := startLogging(t, nil, systemd.env())
-	kept := systemd.wait(t, "FDSTORE=1")
-	g.signal(t, syscall.SIGTERM)
-	_ = g.cmd.Wait()
+	systemd, g, kept := stopped(t)
 	if err := os.Remove(g.socket); err != nil { // as if config.toml had another address since
 		t.Fatal(err)
 	}
@@ -131,11 +138,7 @@ func TestPassedTheWrongSocket(t *testing.T) {
 // TestCannotStartTurnsAway damages the database: who calls must not wait for a gantryd that will not come.
 func TestCannotStartTurnsAway(t *testing.T) {
 	t.Parallel()
-	systemd := newManager(t)
-	g := startLogging(t, nil, systemd.env())
-	kept := systemd.wait(t, "FDSTORE=1")
-	g.signal(t, syscall.SIGTERM)
-	_ = g.cmd.Wait()
+	systemd, g, kept := stopped(t)
 	if err := os.WriteFile(filepath.Join(filepath.Dir(g.file), "root", "metadata.db"), []byte("junk"), 0o600); err != nil {
 		t.Fatal(err)
 	}

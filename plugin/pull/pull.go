@@ -174,14 +174,13 @@ func (p *Puller) served(ctx context.Context, namespace string, d digest.Digest, 
 	return errors.Join(errs...)
 }
 
-// wantedNoMore ends Want for a layer that was made, or wanted, when an image with it was complete already: served has
-// looked before, and nobody would end it.
+// wantedNoMore ends Want for a layer that was made, or wanted, when the images with it were complete already: served has
+// looked before, and nobody would end it. An image that misses a layer still counts on it.
 func (p *Puller) wantedNoMore(ctx context.Context, blob digest.Digest, size int64, id digest.Digest) {
-	for _, m := range p.catalog.listing(blob, size) {
-		if p.catalog.diffID(m, blob) == id && p.complete(ctx, m) {
-			p.layers.Satisfied(id)
-			return
-		}
+	images := p.catalog.listing(blob, size)
+	missing := func(m *manifest) bool { return !p.complete(ctx, m) }
+	if len(images) > 0 && !slices.ContainsFunc(images, missing) {
+		p.layers.Satisfied(id)
 	}
 }
 

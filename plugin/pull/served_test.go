@@ -136,3 +136,81 @@ func tidied(f *fixture) {
 	f.background(func(context.Context) error { close(done); return nil }, "")
 	<-done
 }
+
+// A layer that is made, or started ahead, when the client has the whole image already is not kept for it.
+func TestNotWantedByACompleteImage(t *testing.T) {
+	t.Parallel()
+	f := newFixture(t, false)
+	l, id := f.addLayer(t, 1, 1<<20)
+	m := f.addImage(t, "default", []ocispec.Descriptor{l}, []digest.Digest{id})
+	f.images.put(t, f.blobs[l.Digest])
+	f.Start(t.Context(), f.images)
+	w, err := f.Fetch(t.Context(), request("default", l))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer w.Close()
+	made := func() {
+		t.Helper()
+		for deadline := time.Now().Add(time.Minute); ; time.Sleep(time.Millisecond) {
+			if u := f.running(f.unpackKey("default", l.Digest, l.Size)); u == nil {
+				if _, err := f.layers.Lookup(l.Digest); err == nil {
+					return
+				}
+			}
+			if time.Now().After(deadline) {
+				t.Fatal("the layer is not unpacked")
+			}
+		}
+	}
+	served := func() {
+		t.Helper()
+		link := filepath.Join(t.TempDir(), "link")
+		if err := errors.Join(f.layers.Link(id, link), os.Remove(link)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	swept := func(what string) {
+		t.Helper()
+		if err := f.layers.Sweep(t.Context(), time.Hour); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := f.layers.Get(t.Context(), id); !errdefs.IsNotFound(err) {
+			t.Errorf("%s: the layer file is kept: %v", what, err)
+		}
+	}
+	made()
+	served()
+	f.follow(t.Context(), &image{key: imageKey{"default", m}}, f.catalog.listing(l.Digest, l.Size)[0], l.Digest, l.Size)
+	swept("started ahead")
+	if err := w.Wait(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if _, _, err := f.Layer(t.Context(), l); err != nil { // is made once more
+		t.Fatal(err)
+	}
+	made()
+	served()
+	swept("unpacked")
+
+	// An image that misses another layer counts on it, whatever others do.
+	other, otherID := f.addLayer(t, 2, 1<<20)
+	under := f.addImage(t, "default", []ocispec.Descriptor{l, other}, []digest.Digest{id, otherID})
+	f.catalog.announce(under, int64(len(f.images.blobs[under])))
+	if err := f.catalog.settle(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if _, _, err := f.Layer(t.Context(), l); err != nil {
+		t.Fatal(err)
+	}
+	made()
+	served()
+	f.layers.Want(id)
+	f.wantedNoMore(t.Context(), l.Digest, l.Size, id)
+	if err := f.layers.Sweep(t.Context(), time.Hour); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := f.layers.Get(t.Context(), id); err != nil {
+		t.Errorf("a pull under way lost its layer: %v", err)
+	}
+}
