@@ -3,11 +3,9 @@ package integration
 import (
 	"bytes"
 	"fmt"
-	"io/fs"
 	"os"
 	"path/filepath"
 	"strings"
-	"syscall"
 	"testing"
 
 	cri "k8s.io/cri-api/pkg/apis/runtime/v1"
@@ -296,7 +294,7 @@ func checkCRIUsage(t *testing.T, n *criNode, written, idle string) {
 	}
 }
 
-// checkCRIFreed wants nothing of the image to be left but what the pause image and the sweep's delay keep.
+// checkCRIFreed wants nothing of the image to be left but what the pause image has, too.
 func checkCRIFreed(t *testing.T, n *criNode, im *harness.Image) {
 	t.Helper()
 	list, err := n.ListImages(t.Context(), &cri.ListImagesRequest{})
@@ -318,28 +316,48 @@ func checkCRIFreed(t *testing.T, n *criNode, im *harness.Image) {
 				}
 			}
 		}
-		linked, err := linkedLayers(n.Node)
-		if err == nil && len(linked) != 1 {
-			err = fmt.Errorf("layers in use: %v, want pause's", linked)
+		files := layerFiles(t, n.Node)
+		if len(files) != 1 {
+			return fmt.Errorf("layer files: %v, want pause's", files)
 		}
-		return err
+		return nil
 	})
 }
 
-// linkedLayers are the layer files that snapshots use, by links.
-func linkedLayers(n *harness.Node) (linked []string, err error) {
-	dir := filepath.Join(n.Dir, "gantry", "layers", "sha256")
-	err = filepath.WalkDir(dir, func(path string, d fs.DirEntry, err error) error {
-		if err != nil || d.IsDir() {
-			return err
+// TestSharedLayerIsNotFetchedAgain pulls an image of which the node has the lowest layer as a snapshot, but not as a blob
+// any more. containerd never has all blobs of such an image; removed, it leaves no more than others.
+func TestSharedLayerIsNotFetchedAgain(t *testing.T) {
+	n := newCRI(t, "discard_unpacked_layers = true", harness.Options{})
+	one, ref := push(t, n.registry, n.proxy.Host(), "one", small(63, 1<<20))
+	_, other := push(t, n.registry, n.proxy.Host(), "other", small(64, 1<<20))
+	shared := one.Layers[0].Digest
+	n.criPull(t, ref)
+	if n.proxy.SentBlob(shared) == 0 {
+		t.Fatal("the first image was pulled without its lowest layer")
+	}
+	if err := n.CollectGarbage(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if err := n.Gantryd().Stop(); err != nil { // it would have the bytes for a moment
+		t.Fatal(err)
+	}
+	if err := n.StartGantryd(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	n.proxy.Forget()
+	n.criPull(t, other)
+	for _, image := range []string{ref, other} {
+		if _, err := n.CRI.RemoveImage(t.Context(), &cri.RemoveImageRequest{Image: &cri.ImageSpec{Image: image}}); err != nil {
+			t.Fatal(err)
 		}
-		info, err := d.Info()
-		if err == nil && info.Sys().(*syscall.Stat_t).Nlink > 1 {
-			linked = append(linked, path)
-		}
-		return err
-	})
-	return linked, err
+	}
+	if err := n.CollectGarbage(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	checkEmpty(t, n.Node)
+	if sent := n.proxy.SentBlob(shared); sent > 0 {
+		t.Errorf("%d bytes of the shared layer were fetched again", sent)
+	}
 }
 
 // TestCRILogin pulls with the credentials that a kubelet takes from a pod's pull secret, which gantry does not know:

@@ -272,6 +272,10 @@ func (s *Snapshotter) Commit(ctx context.Context, name, key string, opts ...snap
 	if err != nil {
 		return fmt.Errorf("commit snapshot %s: %w", key, err)
 	}
+	if s.observer != nil {
+		ns, _ := namespaces.Namespace(ctx)
+		s.observer.SnapshotCommitted(ns, name)
+	}
 	tar := s.isTar(id)
 	if tar || exists(s.pending(id)) {
 		s.schedule(id, parents)

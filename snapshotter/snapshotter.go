@@ -78,6 +78,9 @@ type Observer interface {
 	// for a snapshot whose index depended on what its Commit said. It must not
 	// block.
 	Adopted(id string, diffID digest.Digest, took time.Duration)
+	// SnapshotCommitted is called once for each successful Commit, with the
+	// namespace of the request and the name. It must not block.
+	SnapshotCommitted(namespace, name string)
 }
 
 // Expense is what a call spends time on that it only waits for.

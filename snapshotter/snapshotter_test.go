@@ -229,6 +229,12 @@ func (r *recorder) Prepared(namespace, key string, labels map[string]string) {
 	r.seen = append(r.seen, fmt.Sprintf("%s %s %v", namespace, key, labels))
 }
 
+func (r *recorder) SnapshotCommitted(namespace, name string) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.seen = append(r.seen, fmt.Sprintf("%s committed %s", namespace, name))
+}
+
 func (r *recorder) Adopted(id string, diffID digest.Digest, took time.Duration) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -248,7 +254,13 @@ func TestObserver(t *testing.T) {
 	if _, err := r.Prepare(ctx, "k", ""); !errdefs.IsAlreadyExists(err) {
 		t.Errorf("got %v, want ErrAlreadyExists", err)
 	}
-	if want := []string{"test k map[a:b]"}; !reflect.DeepEqual(rec.seen, want) {
+	if err := r.Commit(ctx, "c", "k"); err != nil {
+		t.Fatal(err)
+	}
+	if err := r.Commit(ctx, "d", "k"); !errdefs.IsNotFound(err) {
+		t.Errorf("got %v, want ErrNotFound", err)
+	}
+	if want := []string{"test k map[a:b]", "test committed c"}; !reflect.DeepEqual(rec.seen, want) {
 		t.Errorf("got %q, want %q", rec.seen, want)
 	}
 }

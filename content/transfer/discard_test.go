@@ -443,3 +443,18 @@ func TestChunkSums(t *testing.T) {
 		}
 	}
 }
+
+// A file that was closed meanwhile is no file system that cannot punch holes.
+func TestPunchOfAClosedFile(t *testing.T) {
+	t.Parallel()
+	f, err := os.Create(filepath.Join(t.TempDir(), "data"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := f.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if err := punchHole(f, 0, 4096); !errors.Is(err, os.ErrClosed) {
+		t.Errorf("got %v, want os.ErrClosed", err)
+	}
+}

@@ -67,8 +67,8 @@ func punchHole(f *os.File, off, n int64) error {
 	var perr error
 	if err := c.Control(func(fd uintptr) {
 		perr = unix.Fallocate(int(fd), unix.FALLOC_FL_PUNCH_HOLE|unix.FALLOC_FL_KEEP_SIZE, off, n)
-	}); err != nil {
-		return err
+	}); err != nil { // the only reason, which it does not wrap
+		return fmt.Errorf("%w: %w", os.ErrClosed, err)
 	}
 	if perr != nil {
 		return &os.PathError{Op: "punch", Path: f.Name(), Err: perr}

@@ -9,12 +9,14 @@ import (
 	"io"
 	"slices"
 	"sync"
+	"time"
 
 	ccontent "github.com/containerd/containerd/v2/core/content"
 	"github.com/containerd/containerd/v2/pkg/snapshotters"
 	"github.com/containerd/errdefs"
 	"github.com/containerd/log"
 	digest "github.com/opencontainers/go-digest"
+	"github.com/opencontainers/image-spec/identity"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
 
@@ -36,7 +38,17 @@ type manifest struct {
 	digest digest.Digest
 	config digest.Digest
 	layers []ocispec.Descriptor // digest, size and media type only
-	seen   uint64               // order in which it arrived
+
+	// Guarded by catalog.mu.
+	seen    uint64                     // order in which it arrived
+	missing map[digest.Digest]struct{} // layers that the store does not show
+	served  time.Time                  // since when its last pull has had all it needs; zero: not yet
+}
+
+// config is what the catalog keeps of one image config.
+type config struct {
+	diffIDs []digest.Digest
+	chain   digest.Digest // the chain ID of the uppermost layer, which its snapshot is named after
 }
 
 // maxLayers bounds how many layers a manifest or a config may name. Overlay can
@@ -102,7 +114,7 @@ type catalog struct {
 	blobs     Blobs
 	manifests map[digest.Digest]*manifest
 	layers    map[digest.Digest][]*manifest
-	diffIDs   map[digest.Digest][]digest.Digest
+	configs   map[digest.Digest]config
 	pending   []digest.Digest
 	added     uint64        // documents announced so far
 	done      uint64        // documents read so far
@@ -120,7 +132,7 @@ func newCatalog() *catalog {
 	return &catalog{
 		manifests: make(map[digest.Digest]*manifest),
 		layers:    make(map[digest.Digest][]*manifest),
-		diffIDs:   make(map[digest.Digest][]digest.Digest),
+		configs:   make(map[digest.Digest]config),
 		changed:   make(chan struct{}),
 		forged:    make(map[string]struct{}),
 		// The first document is the store itself: until it was walked, nothing settles.
@@ -239,7 +251,7 @@ func (c *catalog) read(ctx context.Context, d digest.Digest) {
 		c.accuse(l.Annotations[snapshotters.TargetRefLabel])
 	}
 	if len(doc.RootFS.DiffIDs) > 0 {
-		c.diffIDs[d] = doc.RootFS.DiffIDs
+		c.configs[d] = config{doc.RootFS.DiffIDs, identity.ChainID(doc.RootFS.DiffIDs)}
 	}
 	if len(doc.Layers) == 0 || doc.Config.Digest == "" {
 		return
@@ -255,6 +267,15 @@ func (c *catalog) read(ctx context.Context, d digest.Digest) {
 			return // not an image that anybody can pull
 		}
 		m.layers = append(m.layers, ocispec.Descriptor{MediaType: l.MediaType, Digest: l.Digest, Size: l.Size})
+	}
+	m.missing = make(map[digest.Digest]struct{})
+	for _, l := range m.layers {
+		if _, err := c.blobs.Info(ctx, l.Digest); err != nil {
+			m.missing[l.Digest] = struct{}{}
+		}
+	}
+	if len(m.missing) == 0 { // nothing is left to pull of it
+		m.served = time.Now()
 	}
 	c.manifests[d] = m
 	for _, l := range m.layers {
@@ -305,14 +326,35 @@ func readDocument(ctx context.Context, blobs Blobs, d digest.Digest) (*document,
 	return &doc, nil
 }
 
-// forget drops a manifest or config that was deleted from the store.
-func (c *catalog) forget(d digest.Digest) {
+// shows notes that the store shows a blob, and returns the manifests that list it and have all their layers there.
+func (c *catalog) shows(d digest.Digest) (complete []*manifest) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	delete(c.diffIDs, d)
+	for _, m := range c.layers[d] {
+		if delete(m.missing, d); len(m.missing) == 0 {
+			complete = append(complete, m)
+		}
+	}
+	return complete
+}
+
+// forget notes that a blob was deleted from the store. A manifest or config is dropped, unless it is there again, and the
+// manifest returned.
+func (c *catalog) forget(ctx context.Context, d digest.Digest) *manifest {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for _, m := range c.layers[d] {
+		m.missing[d] = struct{}{}
+	}
+	if c.blobs != nil {
+		if _, err := c.blobs.Info(ctx, d); err == nil {
+			return nil
+		}
+	}
+	delete(c.configs, d)
 	m := c.manifests[d]
 	if m == nil {
-		return
+		return nil
 	}
 	delete(c.manifests, d)
 	for _, l := range m.layers {
@@ -323,6 +365,42 @@ func (c *catalog) forget(d digest.Digest) {
 		}
 		c.layers[l.Digest] = rest
 	}
+	return m
+}
+
+// serve notes that the last pull of a manifest has all it needs.
+func (c *catalog) serve(m *manifest) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	m.served = time.Now()
+}
+
+// reopen notes that another pull began, which may fail. A layer that is asked for just after the image was served still
+// belongs to the pull before.
+func (c *catalog) reopen(m *manifest) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if time.Since(m.served) > grace {
+		m.served = time.Time{}
+	}
+}
+
+func (c *catalog) served(m *manifest) bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return !m.served.IsZero()
+}
+
+// ending returns the manifests whose uppermost layer has this chain ID.
+func (c *catalog) ending(chain digest.Digest) (found []*manifest) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for _, m := range c.manifests {
+		if conf, ok := c.configs[m.config]; ok && conf.chain == chain {
+			found = append(found, m)
+		}
+	}
+	return found
 }
 
 // listing returns the manifests that list the blob with exactly this size, the
@@ -346,7 +424,7 @@ func (c *catalog) listing(d digest.Digest, size int64) []*manifest {
 func (c *catalog) diffID(m *manifest, layer digest.Digest) digest.Digest {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	ids := c.diffIDs[m.config]
+	ids := c.configs[m.config].diffIDs
 	if len(ids) != len(m.layers) {
 		return ""
 	}

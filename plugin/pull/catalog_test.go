@@ -170,8 +170,15 @@ func TestCatalogReadsWhatIsAnnounced(t *testing.T) {
 	if want := []digest.Digest{second, first}; !slices.Equal(got, want) {
 		t.Errorf("want the most recent manifest first: %v, got %v", want, got)
 	}
-	c.forget(first)
-	c.forget(second)
+	if m := c.forget(t.Context(), first); m != nil {
+		t.Error("a manifest that is in the store again was forgotten")
+	}
+	m.blobs = nil
+	for _, d := range []digest.Digest{first, second} {
+		if m := c.forget(t.Context(), d); m == nil || m.digest != d {
+			t.Errorf("want manifest %s forgotten, got %v", d, m)
+		}
+	}
 	if got := c.listing(l.Digest, l.Size); len(got) != 0 {
 		t.Errorf("deleted manifests are still listed: %v", got)
 	}
@@ -195,8 +202,8 @@ func TestCatalogPassesOverOtherBlobs(t *testing.T) {
 	if err := c.settle(t.Context()); err != nil {
 		t.Fatal(err)
 	}
-	if len(c.manifests) != 0 || len(c.diffIDs) != 0 {
-		t.Errorf("want an empty catalog, got %v and %v", c.manifests, c.diffIDs)
+	if len(c.manifests) != 0 || len(c.configs) != 0 {
+		t.Errorf("want an empty catalog, got %v and %v", c.manifests, c.configs)
 	}
 }
 
@@ -223,7 +230,7 @@ func TestCatalogBoundsTheLayersOfADocument(t *testing.T) {
 			}
 			ids := m.put(t, []byte(`{"rootfs":{"diff_ids":["a"`+strings.Repeat(`,"a"`, tc.n-1)+`]}}`))
 			c.read(t.Context(), ids)
-			if got := c.diffIDs[ids] != nil; got != tc.want {
+			if got := c.configs[ids].chain != ""; got != tc.want {
 				t.Errorf("a config of %d layers: kept %t, want %t", tc.n, got, tc.want)
 			}
 		})

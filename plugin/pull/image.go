@@ -13,6 +13,7 @@ import (
 	"github.com/containerd/errdefs"
 	"github.com/containerd/log"
 	digest "github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"github.com/gantryd/gantry/content"
 	"github.com/gantryd/gantry/content/transfer"
@@ -22,18 +23,18 @@ import (
 type image struct {
 	key     imageKey
 	started time.Time
-	cancel  context.CancelFunc // ends what starts its other layers
+	cancel  context.CancelFunc // ends what starts layers ahead
 	failed  chan struct{}      // closed when its origins could not be reached at all
 
 	// The rest is guarded by Puller.mu.
-	waiters  int
-	left     time.Time // when the last waiter left
-	ended    bool      // it holds nothing any more
-	prefetch bool      // the other layers have been started
-	idle     *time.Timer
-	handles  []*transfer.Handle
-	unpacks  []*unpack
-	failure  error
+	waiters int
+	left    time.Time // when the last waiter left
+	ended   bool      // it holds nothing any more
+	ahead   int       // the layers from here on have been started
+	idle    *time.Timer
+	handles []*transfer.Handle
+	unpacks []*unpack
+	failure error
 }
 
 type imageKey struct {
@@ -42,13 +43,13 @@ type imageKey struct {
 }
 
 // enter joins the transfer of one layer for one client, and starts those of the
-// image's other layers.
+// layers above it.
 func (p *Puller) enter(ctx context.Context, key imageKey, m *manifest, origins []origin, req content.FetchRequest) (content.Transfer, error) {
 	origins = p.reachable(origins)
 	if len(origins) == 0 {
 		return nil, fmt.Errorf("the registry of manifest %s did not answer a moment ago: %w", m.digest, errdefs.ErrUnavailable)
 	}
-	img, err := p.attend(key)
+	img, err := p.attend(key, m)
 	if err != nil {
 		return nil, err
 	}
@@ -58,12 +59,12 @@ func (p *Puller) enter(ctx context.Context, key imageKey, m *manifest, origins [
 		return nil, err
 	}
 	p.follow(ctx, img, m, req.Digest, req.Size)
-	p.startAll(ctx, img, m, origins, req.Digest)
+	p.startAhead(ctx, img, m, origins, req.Digest)
 	return &waiter{Handle: h, puller: p, image: img, origins: origins}, nil
 }
 
 // attend counts a client in.
-func (p *Puller) attend(key imageKey) (*image, error) {
+func (p *Puller) attend(key imageKey, m *manifest) (*image, error) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if p.closed {
@@ -71,8 +72,9 @@ func (p *Puller) attend(key imageKey) (*image, error) {
 	}
 	img := p.images[key]
 	if img == nil {
-		img = &image{key: key, started: time.Now(), failed: make(chan struct{}), cancel: func() {}}
+		img = &image{key: key, started: time.Now(), failed: make(chan struct{}), cancel: func() {}, ahead: len(m.layers)}
 		p.images[key] = img
+		p.catalog.reopen(m)
 	}
 	if img.idle != nil {
 		img.idle.Stop()
@@ -136,24 +138,31 @@ func (p *Puller) end(img *image) {
 	}
 }
 
-// startAll starts the image's other layers, once and in the background, so that a
-// client that asks for three at a time does not wait for what could be under way.
-func (p *Puller) startAll(ctx context.Context, img *image, m *manifest, origins []origin, except digest.Digest) {
+// startAhead starts the layers above the one asked for, once and in the background, so that a client that asks for three
+// at a time does not wait for what could be under way. Clients ask from below; what lies below the first that they ask
+// for, they have, or a snapshot of it: containerd does not fetch it.
+func (p *Puller) startAhead(ctx context.Context, img *image, m *manifest, origins []origin, asked digest.Digest) {
+	from := slices.IndexFunc(m.layers, func(l ocispec.Descriptor) bool { return l.Digest == asked })
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if img.prefetch || p.closed || p.images[img.key] != img {
+	if from < 0 || from >= img.ahead || p.closed || p.images[img.key] != img {
 		return
 	}
-	img.prefetch = true
+	layers := m.layers[from+1 : img.ahead]
+	img.ahead = from
+	if len(layers) == 0 {
+		return
+	}
 	ctx, cancel := context.WithCancel(context.WithoutCancel(ctx))
-	img.cancel = cancel
+	others := img.cancel
+	img.cancel = func() { others(); cancel() }
 	p.wg.Go(func() {
 		defer cancel()
-		for _, l := range m.layers {
-			if l.Digest == except {
+		for _, l := range layers {
+			if l.Digest == asked {
 				continue
 			}
-			if err := p.startAhead(ctx, img, m, origins, transfer.Blob{Digest: l.Digest, Size: l.Size}); err != nil {
+			if err := p.startOne(ctx, img, m, origins, transfer.Blob{Digest: l.Digest, Size: l.Size}); err != nil {
 				log.G(ctx).WithField("digest", l.Digest).WithError(err).Debug("layers are not started ahead")
 				return
 			}
@@ -161,8 +170,8 @@ func (p *Puller) startAll(ctx context.Context, img *image, m *manifest, origins 
 	})
 }
 
-// startAhead starts a layer that no client has asked for yet.
-func (p *Puller) startAhead(ctx context.Context, img *image, m *manifest, origins []origin, b transfer.Blob) error {
+// startOne starts a layer that no client has asked for yet.
+func (p *Puller) startOne(ctx context.Context, img *image, m *manifest, origins []origin, b transfer.Blob) error {
 	if ctx.Err() != nil {
 		return context.Cause(ctx)
 	}
@@ -195,7 +204,7 @@ func (p *Puller) follow(ctx context.Context, img *image, m *manifest, d digest.D
 	}
 	if id, err := p.layers.Lookup(d); err == nil && id != "" {
 		p.layers.Want(id)
-		p.wantedNoMore(ctx, d, size, id) // the client may have been quicker than startAll
+		p.wantedNoMore(d, size, id) // the client may have been quicker than startAhead
 		p.needless(ctx, img, transfer.Blob{Digest: d, Size: size})
 		return
 	}

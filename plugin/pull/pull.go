@@ -18,7 +18,6 @@ import (
 	"time"
 
 	"github.com/containerd/errdefs"
-	"github.com/containerd/log"
 	digest "github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"golang.org/x/sync/semaphore"
@@ -88,6 +87,8 @@ type Puller struct {
 	images  map[imageKey]*image
 	unpacks map[unpackKey]*unpack
 	shunned map[string]time.Time // origin → until when
+	events  []event              // that are told of, in their order
+	telling bool                 // tell is under way
 }
 
 // New returns a Puller. Start must be called before it is used by a server.
@@ -143,97 +144,6 @@ func (p *Puller) Close() error {
 	return nil
 }
 
-// Committed implements content.Observer.
-func (p *Puller) Committed(namespace string, d digest.Digest, size int64) {
-	p.catalog.announce(d, size)
-	p.background(func(ctx context.Context) error { return p.served(ctx, namespace, d, size) }, d)
-}
-
-// served tells the transfers and layers of each image that is complete with the
-// blob d that they need not be kept for a retry.
-func (p *Puller) served(ctx context.Context, namespace string, d digest.Digest, size int64) error {
-	if err := p.catalog.settle(ctx); err != nil {
-		return nil //nolint:nilerr // gantryd stops, and they are kept
-	}
-	transfers, err := p.transfers(namespace)
-	if err != nil {
-		return err
-	}
-	var errs []error
-	for _, m := range p.catalog.listing(d, size) {
-		if !p.complete(ctx, m) {
-			continue
-		}
-		for _, l := range m.layers {
-			errs = append(errs, transfers.Served(l.Digest))
-			if id, err := p.layers.Lookup(l.Digest); err == nil {
-				p.layers.Satisfied(id)
-			}
-		}
-	}
-	return errors.Join(errs...)
-}
-
-// wantedNoMore ends Want for a layer that was made, or wanted, when the images with it were complete already: served has
-// looked before, and nobody would end it. An image that misses a layer still counts on it.
-func (p *Puller) wantedNoMore(ctx context.Context, blob digest.Digest, size int64, id digest.Digest) {
-	images := p.catalog.listing(blob, size)
-	missing := func(m *manifest) bool { return !p.complete(ctx, m) }
-	if len(images) > 0 && !slices.ContainsFunc(images, missing) {
-		p.layers.Satisfied(id)
-	}
-}
-
-// complete says whether the store shows all layers.
-func (p *Puller) complete(ctx context.Context, m *manifest) bool {
-	return !slices.ContainsFunc(m.layers, func(l ocispec.Descriptor) bool {
-		_, err := p.blobs.Info(ctx, l.Digest)
-		return err != nil
-	})
-}
-
-// Mismatched implements content.Observer: what the transfer left behind would
-// spoil the next try too.
-func (p *Puller) Mismatched(namespace string, d digest.Digest) {
-	p.background(func(context.Context) error {
-		m, err := p.transfers(namespace)
-		if err != nil {
-			return err
-		}
-		return m.Forget(d)
-	}, d)
-}
-
-// Deleted implements content.Observer.
-func (p *Puller) Deleted(d digest.Digest) {
-	p.catalog.forget(d)
-	if p.isolated {
-		return // whose transfer it was is not known here; the sweep removes it
-	}
-	// Freeing a large file takes its time, and containerd's garbage collection waits.
-	p.background(func(context.Context) error {
-		m, err := p.transfers("")
-		if err != nil {
-			return err
-		}
-		return m.ForgetServed(d)
-	}, d)
-}
-
-// background does what nobody waits for, until Close.
-func (p *Puller) background(do func(ctx context.Context) error, d digest.Digest) {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	if p.closed || p.spawn == nil {
-		return
-	}
-	p.spawn(func(ctx context.Context) {
-		if err := do(ctx); err != nil && !errdefs.IsNotFound(err) {
-			log.L.WithField("digest", d).WithError(err).Warn("the transfer of a blob is not tidied up")
-		}
-	})
-}
-
 // Prepared implements snapshotter.Observer.
 func (p *Puller) Prepared(namespace, _ string, labels map[string]string) {
 	p.hints.learn(namespace, labels)
@@ -246,7 +156,7 @@ func (p *Puller) Adopted(snapshot string, diffID digest.Digest, took time.Durati
 
 // Fetch implements content.Fetcher: the blob is transferred if a manifest in the
 // store lists it as a layer of this size and containerd recorded where the
-// namespace got that manifest. All layers of the image start with the first.
+// namespace got that manifest. The layers above it start with it.
 func (p *Puller) Fetch(ctx context.Context, req content.FetchRequest) (content.Transfer, error) {
 	if err := p.catalog.settle(ctx); err != nil {
 		return nil, err
@@ -358,7 +268,7 @@ func (p *Puller) checked(ctx context.Context, namespace string, desc ocispec.Des
 		switch id := p.catalog.diffID(m, desc.Digest); id {
 		case "":
 		case l.DiffID:
-			if p.complete(ctx, m) { // served may have looked before the layer was there
+			if p.catalog.served(m) { // serve has looked before the layer was there
 				p.layers.Satisfied(l.DiffID)
 			}
 			return l.DiffID, l.Size, nil

@@ -32,6 +32,8 @@ import (
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 
+const workersInTests = 2
+
 // fixture is a Puller on real parts: an HTTP registry on loopback, transfers,
 // layer cache and content store on disk. Only containerd is played.
 type fixture struct {
@@ -98,7 +100,7 @@ func newFixture(t testing.TB, isolated bool) *fixture {
 			return m, err
 		},
 		Registry: registry.New(registry.Options{UserAgent: "gantry/test"}), Layers: cache,
-		Containerd: &f.labels, Isolated: isolated, Workers: 2,
+		Containerd: &f.labels, Isolated: isolated, Workers: workersInTests,
 	})
 	if err != nil {
 		t.Fatal(err)

@@ -37,8 +37,8 @@ func (p *Puller) DiffIDs(ctx context.Context) ([]digest.Digest, error) {
 	p.catalog.mu.Lock()
 	defer p.catalog.mu.Unlock()
 	var all []digest.Digest
-	for _, ids := range p.catalog.diffIDs {
-		all = append(all, ids...)
+	for _, c := range p.catalog.configs {
+		all = append(all, c.diffIDs...)
 	}
 	slices.Sort(all)
 	return slices.Compact(all), nil
@@ -50,7 +50,7 @@ func (p *Puller) LayerBlobs(diffID digest.Digest) []ocispec.Descriptor {
 	defer p.catalog.mu.Unlock()
 	var found []ocispec.Descriptor
 	for _, m := range p.catalog.manifests {
-		ids := p.catalog.diffIDs[m.config]
+		ids := p.catalog.configs[m.config].diffIDs
 		for i, l := range m.layers {
 			if len(ids) == len(m.layers) && ids[i] == diffID && !slices.ContainsFunc(found, func(o ocispec.Descriptor) bool {
 				return o.Digest == l.Digest && o.Size == l.Size
@@ -100,13 +100,13 @@ func (p *Puller) bring(ctx context.Context, namespace string, d digest.Digest, s
 
 // tidyTransfer removes what a transfer of a blob leaves that was only fetched to replace another.
 func (p *Puller) tidyTransfer(namespace string, d digest.Digest) {
-	p.background(func(context.Context) error {
+	p.later(d.String(), func(context.Context) error {
 		m, err := p.transfers(namespace)
 		if err != nil {
 			return err
 		}
 		return errors.Join(m.Served(d), m.ForgetServed(d))
-	}, d)
+	})
 }
 
 func (p *Puller) fetchAgain(ctx context.Context, namespace string, d digest.Digest, size int64, way sourcing) (*transfer.Handle, error) {

@@ -13,6 +13,7 @@ import (
 	"github.com/containerd/containerd/v2/pkg/namespaces"
 	"github.com/containerd/errdefs"
 	digest "github.com/opencontainers/go-digest"
+	"github.com/opencontainers/image-spec/identity"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
 
@@ -31,9 +32,8 @@ func TestFailedPullKeepsTransfers(t *testing.T) {
 			t.Fatal(err)
 		}
 		f.commit(l.Digest)
-		if err := f.served(t.Context(), "default", l.Digest, l.Size); err != nil { // as Committed does, but here and now
-			t.Fatal(err)
-		}
+		f.Committed("default", l.Digest, l.Size)
+		tidied(f)
 	}
 	deleted := func(l ocispec.Descriptor) {
 		f.images.mu.Lock()
@@ -88,6 +88,8 @@ func TestCompletePullFreesLayers(t *testing.T) {
 			t.Fatal(err)
 		}
 		f.commit(l.Digest)
+		f.Committed("default", l.Digest, l.Size)
+		tidied(f)
 		if _, _, err := f.Layer(namespaces.WithNamespace(t.Context(), "default"), l); err != nil {
 			t.Fatal(err)
 		}
@@ -112,9 +114,6 @@ func TestCompletePullFreesLayers(t *testing.T) {
 	if !swept(second) {
 		t.Error("the last layer of a complete image was not swept")
 	}
-	if err := f.served(t.Context(), "default", second.Digest, second.Size); err != nil { // as Committed does
-		t.Fatal(err)
-	}
 	if !swept(first) {
 		t.Error("the first layer of a complete image was not swept")
 	}
@@ -130,10 +129,10 @@ func endImages(f *fixture) {
 	}
 }
 
-// tidied waits until all is done that was begun in the background. The catalog goes on by itself, so it is not waited for.
+// tidied waits until what was told so far is dealt with.
 func tidied(f *fixture) {
 	done := make(chan struct{})
-	f.background(func(context.Context) error { close(done); return nil }, "")
+	f.later("", func(context.Context) error { close(done); return nil })
 	<-done
 }
 
@@ -206,11 +205,199 @@ func TestNotWantedByACompleteImage(t *testing.T) {
 	made()
 	served()
 	f.layers.Want(id)
-	f.wantedNoMore(t.Context(), l.Digest, l.Size, id)
+	f.wantedNoMore(l.Digest, l.Size, id)
 	if err := f.layers.Sweep(t.Context(), time.Hour); err != nil {
 		t.Fatal(err)
 	}
 	if _, err := f.layers.Get(t.Context(), id); err != nil {
 		t.Errorf("a pull under way lost its layer: %v", err)
+	}
+}
+
+// Of an image whose lowest layers the client has as snapshots, it asks for the others only.
+func TestNothingBelowTheFirstLayerAskedForIsFetched(t *testing.T) {
+	t.Parallel()
+	f := newFixture(t, false)
+	var layers []ocispec.Descriptor
+	var ids []digest.Digest
+	for i := range uint64(4) {
+		l, id := f.addLayer(t, i, 1<<16)
+		layers, ids = append(layers, l), append(ids, id)
+	}
+	f.addImage(t, "default", layers, ids)
+	f.Start(t.Context(), f.images)
+	if err := f.take(t, "default", layers[2]); err != nil {
+		t.Fatal(err)
+	}
+	arrived := func(l ocispec.Descriptor) func() bool {
+		return func() bool { _, err := f.layers.Lookup(l.Digest); return err == nil }
+	}
+	eventually(t, "the layer above to come unasked", arrived(layers[3]))
+	if got := f.asked(layers[0].Digest) + f.asked(layers[1].Digest); got > 0 {
+		t.Errorf("the registry was asked %d times for layers below the first that the client asked for", got)
+	}
+	if err := f.take(t, "default", layers[0]); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "the layer between to come unasked", arrived(layers[1]))
+}
+
+// skipped is an image of which the client had the lowest layer as a snapshot: it took and mounted the other one. A third
+// was never asked for, though gantry has fetched it.
+type skipped struct {
+	*fixture
+	manifest   digest.Digest
+	has, ahead ocispec.Descriptor
+	snapshot   string // what the client made of the layer it took
+}
+
+func skipLowest(t *testing.T) *skipped {
+	t.Helper()
+	f := newFixture(t, false)
+	s := &skipped{fixture: f, snapshot: filepath.Join(t.TempDir(), "layer")}
+	lowest, lowestID := f.addLayer(t, 1, 1<<16)
+	has, hasID := f.addLayer(t, 2, 1<<16)
+	ahead, aheadID := f.addLayer(t, 3, 1<<16)
+	s.has, s.ahead = has, ahead
+	ids := []digest.Digest{lowestID, hasID, aheadID}
+	s.manifest = f.addImage(t, "default", []ocispec.Descriptor{lowest, has, ahead}, ids)
+	f.Start(t.Context(), f.images)
+	if err := f.take(t, "default", has); err != nil {
+		t.Fatal(err)
+	}
+	f.commit(has.Digest)
+	f.Committed("default", has.Digest, has.Size)
+	if _, _, err := f.Layer(namespaces.WithNamespace(t.Context(), "default"), has); err != nil {
+		t.Fatal(err)
+	}
+	if err := f.layers.Link(hasID, s.snapshot); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "the next layer to be unpacked ahead", func() bool { return s.there(ahead) })
+	f.SnapshotCommitted("default", "default/12/"+identity.ChainID(ids[:2]).String())
+	tidied(f)
+	if f.there(lowest) {
+		t.Error("the layer that the client has was fetched")
+	}
+	f.SnapshotCommitted("default", "default/13/"+identity.ChainID(ids).String())
+	tidied(f)
+	return s
+}
+
+func (f *fixture) there(l ocispec.Descriptor) bool {
+	_, err := f.layers.Lookup(l.Digest)
+	return err == nil
+}
+
+func (s *skipped) delete(d digest.Digest) {
+	s.images.mu.Lock()
+	delete(s.images.blobs, d)
+	s.images.mu.Unlock()
+	s.Deleted(d)
+	tidied(s.fixture)
+}
+
+func (s *skipped) transfers(t *testing.T) int {
+	t.Helper()
+	m, err := s.fixture.transfers("")
+	if err != nil {
+		t.Fatal(err)
+	}
+	return len(m.List())
+}
+
+// Without all its blobs, as containerd keeps it with discard_unpacked_layers, an image is served when its uppermost snapshot
+// is there: nothing of it is kept for a retry.
+func TestServedWithoutAllBlobs(t *testing.T) {
+	t.Parallel()
+	s := skipLowest(t)
+	s.Puller.mu.Lock()
+	images := len(s.Puller.images)
+	s.Puller.mu.Unlock()
+	if images > 0 {
+		t.Error("layers of an image that the client has are still fetched ahead")
+	}
+	if err := os.Remove(s.snapshot); err != nil {
+		t.Fatal(err)
+	}
+	if err := s.layers.Sweep(t.Context(), time.Hour); err != nil {
+		t.Fatal(err)
+	}
+	if s.there(s.has) {
+		t.Error("a layer is kept although its last snapshot is gone")
+	}
+}
+
+// What the client never had goes with the image, whatever is removed first.
+func TestRemovedImageLeavesNothing(t *testing.T) {
+	t.Parallel()
+	for name, manifestFirst := range map[string]bool{"manifest first": true, "layer first": false} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			s := skipLowest(t)
+			if err := s.layers.Sweep(t.Context(), time.Hour); err != nil {
+				t.Fatal(err)
+			}
+			if !s.there(s.ahead) || !s.there(s.has) {
+				t.Fatal("a layer went before the image")
+			}
+			if manifestFirst {
+				s.delete(s.manifest)
+			}
+			s.delete(s.has.Digest)
+			if !manifestFirst {
+				s.delete(s.manifest)
+			}
+			if s.there(s.ahead) {
+				t.Error("the layer file of an image that was removed is kept")
+			}
+			if !s.there(s.has) {
+				t.Error("a layer went before its snapshot")
+			}
+			if n := s.transfers(t); n > 0 {
+				t.Errorf("%d transfers are kept", n)
+			}
+			if err := errors.Join(os.Remove(s.snapshot), s.layers.Sweep(t.Context(), time.Hour)); err != nil {
+				t.Fatal(err)
+			}
+			if s.there(s.has) {
+				t.Error("a layer is kept although its last snapshot is gone")
+			}
+		})
+	}
+}
+
+// A layer that is still being unpacked when its image is removed is not kept for a retry.
+func TestRemovedWhileItIsUnpacked(t *testing.T) {
+	t.Parallel()
+	f := newFixture(t, false)
+	l, id := f.addLayer(t, 1, 1<<20)
+	m := f.addImage(t, "default", []ocispec.Descriptor{l}, []digest.Digest{id})
+	f.Start(t.Context(), f.images)
+	if err := f.workers.Acquire(t.Context(), int64(workersInTests)); err != nil { // nothing can be unpacked
+		t.Fatal(err)
+	}
+	if err := f.take(t, "default", l); err != nil {
+		t.Fatal(err)
+	}
+	f.commit(l.Digest)
+	f.Committed("default", l.Digest, l.Size)
+	for _, d := range []digest.Digest{m, l.Digest} {
+		f.images.mu.Lock()
+		delete(f.images.blobs, d)
+		f.images.mu.Unlock()
+		f.Deleted(d)
+	}
+	tidied(f)
+	u := f.running(f.unpackKey("default", l.Digest, l.Size))
+	if u == nil {
+		t.Fatal("the unpack ended without a worker")
+	}
+	f.workers.Release(int64(workersInTests))
+	if _, err := u.wait(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if f.there(l) {
+		t.Error("the layer file of an image that was removed is kept")
 	}
 }

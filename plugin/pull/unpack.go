@@ -96,7 +96,10 @@ type unpack struct {
 	started time.Time
 	cancel  context.CancelCauseFunc
 	local   bool // it reads the blob in the store, which is verified
-	holders int  // who waits for it, images included; guarded by Puller.mu
+
+	// Guarded by Puller.mu.
+	holders int  // who waits for it, images included
+	removed bool // the last image with the blob was removed since
 
 	done  chan struct{} // closed when layer, err and ended are set
 	layer *layer.Layer
@@ -310,8 +313,8 @@ func (p *Puller) produce(ctx context.Context, u *unpack) (*layer.Layer, error) {
 				if err := p.layers.Record(u.key.blob, l.DiffID); err != nil {
 					return l, err
 				}
-				p.wantedNoMore(ctx, u.key.blob, u.key.size, l.DiffID)
-				return l, nil
+				p.wantedNoMore(u.key.blob, u.key.size, l.DiffID)
+				return l, p.retireLate(u, l.DiffID)
 			}
 		} else if f.err == nil && errors.Is(p.verify(ctx, u, f), errRestart) {
 			err = errRestart // not the layer is broken: these were not its bytes
@@ -323,6 +326,17 @@ func (p *Puller) produce(ctx context.Context, u *unpack) (*layer.Layer, error) {
 		log.G(ctx).WithField("digest", u.key.blob).Info("the bytes come anew or from elsewhere, the unpack begins again")
 	}
 	return nil, fmt.Errorf("gave up after %d restarts: %w", maxRestarts, errors.Join(errNoBytes, lost))
+}
+
+// retireLate gives up a layer whose last image was removed while it was made.
+func (p *Puller) retireLate(u *unpack, id digest.Digest) error {
+	p.mu.Lock()
+	late := u.removed && u.holders == 0
+	p.mu.Unlock()
+	if !late || len(p.catalog.listing(u.key.blob, u.key.size)) > 0 {
+		return nil
+	}
+	return p.retire(u.key.blob, id)
 }
 
 // write turns the followed bytes into a layer file, with a worker.

@@ -12,7 +12,7 @@
 //
 // On disk, below the root of a Cache:
 //
-//	sha256/<hex of the DiffID>       layer files; more than one link: in use; mode 0400: was in use
+//	sha256/<hex of the DiffID>       layer files; more than one link: in use; mode 0400: was in use, or retired
 //	blobs/<algorithm>/<hex>          of a compressed blob: symlink to its layer file
 //	tmp/                             files being written; removed by Open
 //
@@ -297,8 +297,8 @@ func (r ctxReader) Read(p []byte) (int, error) {
 	return r.r.Read(p)
 }
 
-// usedMode is the mode of a layer file that was linked once: it has served, and
-// need not wait for its first snapshot when its last one is gone.
+// usedMode is the mode of a layer file that was linked once, or was retired: it has
+// served, and need not wait for its first snapshot when its last one is gone.
 const usedMode = 0o400
 
 // Link makes dst a hard link of the layer file. The folder of dst is the
@@ -342,6 +342,31 @@ func (c *Cache) Satisfied(diffID digest.Digest) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	delete(c.wanted, diffID)
+}
+
+// Retire ends Want for the layer of a blob that nobody will come for: the file goes now or, linked or pinned, as soon as
+// Sweep finds it unused, as if a snapshot had had it.
+func (c *Cache) Retire(blob digest.Digest) error {
+	link, err := c.record(blob)
+	if err != nil {
+		return err
+	}
+	diffID, err := c.Lookup(blob)
+	if err != nil {
+		return err
+	}
+	c.Satisfied(diffID)
+	path, err := c.path(diffID)
+	if err != nil {
+		return err
+	}
+	if err := os.Chmod(path, usedMode); err != nil {
+		return notFound(diffID, err)
+	}
+	if err := c.sweepOne(diffID, 0); err != nil {
+		return err
+	}
+	return c.sweepRecord(link)
 }
 
 // Pin keeps Sweep from the layer until unpin, which may be called more than
