@@ -219,7 +219,9 @@ func (f *following) layer(desc ocispec.Descriptor, r *status.Report, event ctran
 	if i := slices.IndexFunc(r.Recent, func(x status.Layer) bool { return x.Digest == desc.Digest && f.during(x.Started, x.Seconds.Total) }); i >= 0 {
 		x := r.Recent[i]
 		l.Phase, l.Read, l.Written, l.Seconds, l.Error = PhaseDone, x.Size, x.Written, x.Seconds, x.Error
-		if x.Error != "" {
+		if x.Error == "" {
+			l.Received = x.Size // its transfer may be told of no more
+		} else {
 			l.Phase = PhaseFailed
 		}
 		if !x.Started.Before(f.state.Started) {
