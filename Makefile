@@ -100,8 +100,9 @@ bench-prerequisites: ## install what the bench needs from Debian (skopeo, linux-
 	fi
 
 .PHONY: soak
-soak: build peers ## pull, run and remove from 20 clients while gantryd is killed (MINUTES=10 CYCLES=500 SEED=1; both are least)
-	go run ./integration/soak -minutes $(or $(MINUTES),10) -cycles $(or $(CYCLES),500) -seed $(or $(SEED),1)
+soak: build peers ## pull, run and remove from 20 clients while gantryd is killed (MINUTES=10 CYCLES=500 SEED=1 RETAIN=all UPPER=directory)
+	go run ./integration/soak -minutes $(or $(MINUTES),10) -cycles $(or $(CYCLES),500) -seed $(or $(SEED),1) \
+		-retain $(or $(RETAIN),all) -upper $(or $(UPPER),directory)
 
 .PHONY: install
 install: build ## install both programs under PREFIX (default /usr/local)

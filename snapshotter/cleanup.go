@@ -152,19 +152,15 @@ func (s *Snapshotter) recover(ctx context.Context, tree map[string]node) error {
 
 // repair looks at one snapshot of the database.
 func (s *Snapshotter) repair(ctx context.Context, id string, n node) error {
-	if n.Kind == snapshots.KindView {
+	if n.Kind == snapshots.KindView && len(n.parents) > 0 {
 		return nil
 	}
 	if !exists(s.dir(id)) {
-		// Lost with the power: an empty active snapshot can be made again.
-		if n.Kind != snapshots.KindActive {
+		// Never made, or lost with the power: what is empty can be made again.
+		if n.Kind == snapshots.KindCommitted {
 			return nil // first use says so
 		}
-		ids, err := s.mapping(ctx, n.Info, n.parents)
-		if err != nil {
-			log.L.WithError(err).WithField("snapshot", id).Warn("snapshotter: user namespace") // as Mounts says
-		}
-		return s.makeFolders(ctx, storage.Snapshot{ID: id, Kind: n.Kind, ParentIDs: n.parents}, form{ids, s.fileSize(ctx, n.Info)})
+		return s.makeEmpty(ctx, id, n)
 	}
 	if err := s.removeTemporary(id); err != nil {
 		return err
@@ -190,6 +186,19 @@ func (s *Snapshotter) repair(ctx context.Context, id string, n node) error {
 		return s.unmount(id)
 	}
 	return nil
+}
+
+// makeEmpty gives an active snapshot or a view without parents its empty folders.
+func (s *Snapshotter) makeEmpty(ctx context.Context, id string, n node) error {
+	ids, err := s.mapping(ctx, n.Info, n.parents)
+	if err != nil {
+		log.L.WithError(err).WithField("snapshot", id).Warn("snapshotter: user namespace") // as Mounts says
+	}
+	snap := storage.Snapshot{ID: id, Kind: n.Kind, ParentIDs: n.parents}
+	if err := s.makeFolder(ctx, snap, ids); err != nil || s.fileSize(ctx, n.Info) > 0 {
+		return err
+	}
+	return s.openUpper(ctx, snap, form{ids: ids})
 }
 
 // rollBack undoes an extraction that a crash interrupted, if it did: without

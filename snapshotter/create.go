@@ -62,35 +62,38 @@ func (s *Snapshotter) create(ctx context.Context, kind snapshots.Kind, key, pare
 		if f.ids, err = s.mapping(ctx, base, snap.ParentIDs); err != nil {
 			return fmt.Errorf("snapshot %s: %w", key, err)
 		}
-		return s.makeFolders(ctx, snap, f)
+		return nil
 	})
 	if err != nil {
 		return nil, nil, err
 	}
-	mounts, err := s.present(ctx, snap, f)
+	var mounts []mount.Mount
+	if err = s.makeFolder(ctx, snap, f.ids); err == nil {
+		mounts, err = s.present(ctx, snap, f)
+	}
 	if err != nil {
 		return nil, nil, errors.Join(fmt.Errorf("snapshot %s: %w", key, err), s.abandon(context.WithoutCancel(ctx), key, snap.ID))
 	}
 	return mounts, base.Labels, nil
 }
 
-// makeFolders runs inside the transaction that gave the snapshot its id, so no
-// Cleanup sees the folder without the record, and an id that a rolled back
-// transaction hands out again finds no folder of its own. An upper file is not
-// made here: the database waits.
-func (s *Snapshotter) makeFolders(ctx context.Context, snap storage.Snapshot, f form) (err error) {
+// makeFolder makes the folder of a snapshot that the database has, so no Cleanup
+// takes it for a leftover. It is not made in the transaction, where all calls
+// that change something would wait for the file system's journal, too. What a
+// container writes to is made by openUpper.
+func (s *Snapshotter) makeFolder(ctx context.Context, snap storage.Snapshot, ids *idMap) (err error) {
 	if snap.Kind == snapshots.KindView && len(snap.ParentIDs) > 0 {
 		return nil
 	}
 	dir := s.dir(snap.ID)
 	err = os.Mkdir(dir, 0o700)
 	if errors.Is(err, fs.ErrExist) {
-		// Left by a transaction that was never committed; Cleanup deletes it.
+		// Left by a snapshot that the database has forgotten since; Cleanup deletes it.
 		if err = os.Rename(dir, fmt.Sprintf("%s.stale%d", dir, time.Now().UnixNano())); err == nil {
 			err = os.Mkdir(dir, 0o700)
 		}
 	}
-	if err != nil {
+	if err != nil || snap.Kind == snapshots.KindActive {
 		return err
 	}
 	defer func() {
@@ -98,19 +101,10 @@ func (s *Snapshotter) makeFolders(ctx context.Context, snap storage.Snapshot, f 
 			err = errors.Join(err, os.RemoveAll(dir))
 		}
 	}()
-	if f.fileSize > 0 {
-		return nil
-	}
 	if err := s.makeUpper(snap.ID); err != nil {
 		return err
 	}
-	if err := s.chownUpper(ctx, snap.ID, snap.ParentIDs, f.ids); err != nil {
-		return err
-	}
-	if snap.Kind == snapshots.KindActive {
-		return os.Mkdir(s.workdir(snap.ID), 0o711)
-	}
-	return nil
+	return s.chownUpper(ctx, snap.ID, snap.ParentIDs, ids)
 }
 
 // makeUpper makes the directory whose attributes the root of the overlay shows.
@@ -209,13 +203,13 @@ func (s *Snapshotter) Mounts(ctx context.Context, key string) ([]mount.Mount, er
 // present makes sure that all lowers and the upper are visible and returns the
 // mounts. A missing upper is made, as f says.
 func (s *Snapshotter) present(ctx context.Context, snap storage.Snapshot, f form) ([]mount.Mount, error) {
+	if err := s.openUpper(ctx, snap, f); err != nil {
+		return nil, err
+	}
 	began := time.Now()
 	err := s.ready(ctx, snap.ParentIDs)
 	s.spent(ctx, Mounting, time.Since(began))
 	if err != nil {
-		return nil, err
-	}
-	if err := s.openUpper(ctx, snap, f); err != nil {
 		return nil, err
 	}
 	return view{

@@ -152,7 +152,9 @@ func (s *Snapshotter) remakeFolders(ctx context.Context, f Flaw) (string, error)
 	}
 	if !exists(s.dir(f.ID)) {
 		snap := storage.Snapshot{ID: f.ID, Kind: h.Kind, ParentIDs: h.parents}
-		return did, s.makeFolders(ctx, snap, form{ids, s.fileSize(ctx, h.Info)})
+		if err := s.makeFolder(ctx, snap, ids); err != nil || s.fileSize(ctx, h.Info) > 0 {
+			return did, err
+		}
 	}
 	if !exists(s.upper(f.ID)) {
 		if err := errors.Join(s.makeUpper(f.ID), s.chownUpper(ctx, f.ID, h.parents, ids)); err != nil {

@@ -23,8 +23,8 @@ import (
 const upperFileOptions = "discard,noinit_itable,errors=remount-ro"
 
 // openUpper sees to it that an active snapshot has an upper and work directory,
-// mounted if they are in a file. They are missing where Prepare makes a file,
-// after a reboot, and after a crash in Prepare.
+// mounted if they are in a file. They are missing in Prepare, after a crash in it,
+// and after a reboot.
 func (s *Snapshotter) openUpper(ctx context.Context, snap storage.Snapshot, f form) error {
 	if snap.Kind != snapshots.KindActive || exists(s.upper(snap.ID)) {
 		return nil

@@ -25,6 +25,8 @@ func main() {
 	flag.IntVar(&s.least, "cycles", 500, "how many cycles at least, even if that takes longer")
 	flag.IntVar(&s.clients, "clients", 20, "clients at once")
 	flag.Uint64Var(&s.seed, "seed", 1, "of images and choices")
+	flag.StringVar(&s.retain, "retain", "all", "gantryd's content.retain")
+	flag.StringVar(&s.upper, "upper", "directory", "gantryd's snapshotter.upper")
 	flag.Parse()
 	s.length = time.Duration(*minutes * float64(time.Minute))
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
@@ -43,6 +45,8 @@ type soak struct {
 	least   int
 	clients int
 	seed    uint64
+	retain  string
+	upper   string
 
 	dir   string
 	node  *harness.Node
@@ -78,7 +82,8 @@ func (s *soak) run(ctx context.Context) (err error) {
 	if s.kinds, err = buildKinds(ctx, s.dir, s.seed, s.clients, registry); err != nil {
 		return fmt.Errorf("images: %w", err)
 	}
-	s.node, err = harness.StartNode(ctx, harness.Options{GCDelay: 100 * time.Millisecond, GantryExtra: fmt.Sprintf("\n[transfer]\nkeep_partial = '%s'\n", keepPartial)})
+	s.node, err = harness.StartNode(ctx, harness.Options{GCDelay: 100 * time.Millisecond, GantryExtra: fmt.Sprintf(
+		"\n[transfer]\nkeep_partial = '%s'\n[content]\nretain = %q\n[snapshotter]\nupper = %q\n", keepPartial, s.retain, s.upper)})
 	if err != nil {
 		return err
 	}
