@@ -155,12 +155,14 @@ func (s *Snapshotter) repair(ctx context.Context, id string, n node) error {
 	if n.Kind == snapshots.KindView && len(n.parents) > 0 {
 		return nil
 	}
+	unfinished := n.Kind != snapshots.KindCommitted && s.unfinished(id)
 	if !exists(s.dir(id)) {
-		// Never made, or lost with the power: what is empty can be made again.
-		if n.Kind == snapshots.KindCommitted {
+		if !unfinished {
 			return nil // first use says so
 		}
-		return s.makeEmpty(ctx, id, n)
+		if err := s.makeFolder(storage.Snapshot{ID: id, Kind: n.Kind, ParentIDs: n.parents}); err != nil {
+			return err
+		}
 	}
 	if err := s.removeTemporary(id); err != nil {
 		return err
@@ -183,22 +185,36 @@ func (s *Snapshotter) repair(ctx context.Context, id string, n node) error {
 		}
 	}
 	if !s.isTar(id) && s.mounted(id) {
-		return s.unmount(id)
+		if err := s.unmount(id); err != nil {
+			return err
+		}
+	}
+	if unfinished {
+		return s.finish(ctx, id, n)
 	}
 	return nil
 }
 
-// makeEmpty gives an active snapshot or a view without parents its empty folders.
-func (s *Snapshotter) makeEmpty(ctx context.Context, id string, n node) error {
+// unfinished says whether nothing was ever written to a snapshot that is not committed, because a crash ended its
+// Prepare, or its folders were lost with the power. An overlay that was mounted leaves something in work.
+func (s *Snapshotter) unfinished(id string) bool {
+	if s.hasUpperFile(id) || s.lostUpper(id) != nil || s.isTar(id) || exists(s.upper(id)) {
+		return false
+	}
+	unused, err := isEmpty(s.workdir(id))
+	return err == nil && unused
+}
+
+// finish makes what an unfinished snapshot's folder lacks.
+func (s *Snapshotter) finish(ctx context.Context, id string, n node) error {
+	if s.fileSize(ctx, n.Info) > 0 {
+		return nil // made when its mounts are asked for
+	}
 	ids, err := s.mapping(ctx, n.Info, n.parents)
 	if err != nil {
 		log.L.WithError(err).WithField("snapshot", id).Warn("snapshotter: user namespace") // as Mounts says
 	}
-	snap := storage.Snapshot{ID: id, Kind: n.Kind, ParentIDs: n.parents}
-	if err := s.makeFolder(ctx, snap, ids); err != nil || s.fileSize(ctx, n.Info) > 0 {
-		return err
-	}
-	return s.openUpper(ctx, snap, form{ids: ids})
+	return s.openUpper(ctx, storage.Snapshot{ID: id, Kind: n.Kind, ParentIDs: n.parents}, form{ids: ids})
 }
 
 // rollBack undoes an extraction that a crash interrupted, if it did: without

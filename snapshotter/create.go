@@ -68,7 +68,7 @@ func (s *Snapshotter) create(ctx context.Context, kind snapshots.Kind, key, pare
 		return nil, nil, err
 	}
 	var mounts []mount.Mount
-	if err = s.makeFolder(ctx, snap, f.ids); err == nil {
+	if err = s.makeFolder(snap); err == nil {
 		mounts, err = s.present(ctx, snap, f)
 	}
 	if err != nil {
@@ -79,32 +79,21 @@ func (s *Snapshotter) create(ctx context.Context, kind snapshots.Kind, key, pare
 
 // makeFolder makes the folder of a snapshot that the database has, so no Cleanup
 // takes it for a leftover. It is not made in the transaction, where all calls
-// that change something would wait for the file system's journal, too. What a
-// container writes to is made by openUpper.
-func (s *Snapshotter) makeFolder(ctx context.Context, snap storage.Snapshot, ids *idMap) (err error) {
+// that change something would wait for the file system's journal, too. What is in
+// it is made by openUpper.
+func (s *Snapshotter) makeFolder(snap storage.Snapshot) error {
 	if snap.Kind == snapshots.KindView && len(snap.ParentIDs) > 0 {
 		return nil
 	}
 	dir := s.dir(snap.ID)
-	err = os.Mkdir(dir, 0o700)
+	err := os.Mkdir(dir, 0o700)
 	if errors.Is(err, fs.ErrExist) {
 		// Left by a snapshot that the database has forgotten since; Cleanup deletes it.
 		if err = os.Rename(dir, fmt.Sprintf("%s.stale%d", dir, time.Now().UnixNano())); err == nil {
 			err = os.Mkdir(dir, 0o700)
 		}
 	}
-	if err != nil || snap.Kind == snapshots.KindActive {
-		return err
-	}
-	defer func() {
-		if err != nil {
-			err = errors.Join(err, os.RemoveAll(dir))
-		}
-	}()
-	if err := s.makeUpper(snap.ID); err != nil {
-		return err
-	}
-	return s.chownUpper(ctx, snap.ID, snap.ParentIDs, ids)
+	return err
 }
 
 // makeUpper makes the directory whose attributes the root of the overlay shows.

@@ -152,7 +152,7 @@ func (s *Snapshotter) remakeFolders(ctx context.Context, f Flaw) (string, error)
 	}
 	if !exists(s.dir(f.ID)) {
 		snap := storage.Snapshot{ID: f.ID, Kind: h.Kind, ParentIDs: h.parents}
-		if err := s.makeFolder(ctx, snap, ids); err != nil || s.fileSize(ctx, h.Info) > 0 {
+		if err := s.makeFolder(snap); err != nil || s.fileSize(ctx, h.Info) > 0 {
 			return did, err
 		}
 	}

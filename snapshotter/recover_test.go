@@ -439,34 +439,42 @@ func TestReadyLooksAgain(t *testing.T) {
 	sameTree(t, r.show(t, top), reference(t, nil, blob))
 }
 
-// A crash just after the database has a new snapshot leaves it without its folder.
-func TestFolderWasNeverMade(t *testing.T) {
-	r := newRig(t, ModeDirectory)
-	if _, err := r.Prepare(t.Context(), "container", ""); err != nil {
-		t.Fatal(err)
-	}
-	if _, err := r.View(t.Context(), "view", ""); err != nil {
-		t.Fatal(err)
-	}
-	ids := []string{r.id(t, "container"), r.id(t, "view")}
-	r.restart(t, func() {
-		for _, id := range ids {
-			if err := os.RemoveAll(r.dir(id)); err != nil {
+// A crash in Prepare, after the database has the snapshot, leaves its folders half made: nothing that check reports.
+func TestPrepareWasInterrupted(t *testing.T) {
+	for name, undo := range map[string]func(r *rig, id string) error{
+		"before its folder": func(r *rig, id string) error { return os.RemoveAll(r.dir(id)) },
+		"before work":       func(r *rig, id string) error { return errors.Join(os.Remove(r.upper(id)), os.RemoveAll(r.workdir(id))) },
+		"before upper":      func(r *rig, id string) error { return os.Remove(r.upper(id)) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			r := newRig(t, ModeDirectory)
+			if _, err := r.Prepare(t.Context(), "container", ""); err != nil {
 				t.Fatal(err)
 			}
-		}
-	})
-	for _, key := range []string{"container", "view"} {
-		mounts, err := r.Mounts(t.Context(), key)
-		if err != nil {
-			t.Fatal(err)
-		}
-		if tree := look(t, mounts); len(tree) > 1 {
-			t.Errorf("%s: got %v, want nothing in it", key, tree)
-		}
-	}
-	flaws, err := r.Check(t.Context(), time.Millisecond)
-	if err != nil || len(flaws) > 0 {
-		t.Errorf("check found %v, %v", flaws, err)
+			if _, err := r.View(t.Context(), "view", ""); err != nil {
+				t.Fatal(err)
+			}
+			ids := []string{r.id(t, "container"), r.id(t, "view")}
+			r.restart(t, func() {
+				for _, id := range ids {
+					if err := undo(r, id); err != nil {
+						t.Fatal(err)
+					}
+				}
+			})
+			flaws, err := r.Check(t.Context(), time.Millisecond)
+			if err != nil || len(flaws) > 0 {
+				t.Errorf("check found %v, %v", flaws, err)
+			}
+			for _, key := range []string{"container", "view"} {
+				mounts, err := r.Mounts(t.Context(), key)
+				if err != nil {
+					t.Fatal(err)
+				}
+				if tree := look(t, mounts); len(tree) > 1 {
+					t.Errorf("%s: got %v, want nothing in it", key, tree)
+				}
+			}
+		})
 	}
 }

@@ -23,10 +23,11 @@ import (
 const upperFileOptions = "discard,noinit_itable,errors=remount-ro"
 
 // openUpper sees to it that an active snapshot has an upper and work directory,
-// mounted if they are in a file. They are missing in Prepare, after a crash in it,
-// and after a reboot.
+// mounted if they are in a file, and a view of nothing an empty directory to show.
+// They are missing in Prepare, after a crash in it, and after a reboot. upper is
+// made last.
 func (s *Snapshotter) openUpper(ctx context.Context, snap storage.Snapshot, f form) error {
-	if snap.Kind != snapshots.KindActive || exists(s.upper(snap.ID)) {
+	if snap.Kind == snapshots.KindView && len(snap.ParentIDs) > 0 || exists(s.upper(snap.ID)) {
 		return nil
 	}
 	unlock, err := s.locks.lock(ctx, snap.ID)
@@ -51,8 +52,10 @@ func (s *Snapshotter) openUpper(ctx context.Context, snap storage.Snapshot, f fo
 	if err != nil || exists(s.upper(snap.ID)) {
 		return err
 	}
-	if err := os.Mkdir(s.workdir(snap.ID), 0o711); err != nil && !errors.Is(err, fs.ErrExist) {
-		return err
+	if snap.Kind == snapshots.KindActive {
+		if err := os.Mkdir(s.workdir(snap.ID), 0o711); err != nil && !errors.Is(err, fs.ErrExist) {
+			return err
+		}
 	}
 	if err := s.makeUpper(snap.ID); err != nil {
 		return err

@@ -345,28 +345,27 @@ func (c *Cache) Satisfied(diffID digest.Digest) {
 }
 
 // Retire ends Want for the layer of a blob that nobody will come for: the file goes now or, linked or pinned, as soon as
-// Sweep finds it unused, as if a snapshot had had it.
+// Sweep finds it unused, as if a snapshot had had it. One that is gone already is no error.
 func (c *Cache) Retire(blob digest.Digest) error {
 	link, err := c.record(blob)
 	if err != nil {
 		return err
 	}
 	diffID, err := c.Lookup(blob)
-	if err != nil {
+	if errdefs.IsNotFound(err) {
+		return c.sweepRecord(link)
+	} else if err != nil {
 		return err
 	}
-	c.Satisfied(diffID)
 	path, err := c.path(diffID)
 	if err != nil {
 		return err
 	}
-	if err := os.Chmod(path, usedMode); err != nil {
-		return notFound(diffID, err)
+	c.Satisfied(diffID)
+	if err := os.Chmod(path, usedMode); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("layer %s: %w", diffID, err)
 	}
-	if err := c.sweepOne(diffID, 0); err != nil {
-		return err
-	}
-	return c.sweepRecord(link)
+	return errors.Join(c.sweepOne(diffID, 0), c.sweepRecord(link))
 }
 
 // Pin keeps Sweep from the layer until unpin, which may be called more than
